@@ -1,0 +1,487 @@
+// The only file that talks to torch, through its stable ABI: schemas, checks, allocation, streams and
+// the choice of engine. What is not a tensor op goes through pybind11.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include "cells/cells.h"
+#include "cpu/engine.h"
+#include "params.h"
+#ifdef FUSED_RNN_CUDA
+#include "cuda/per_step.h"
+#endif
+
+namespace fused_rnn::binding {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+enum class CellIndex : int {
+#define FUSED_RNN_INDEX(name, cell) name,
+  FUSED_RNN_FOR_EACH_CELL(FUSED_RNN_INDEX)
+};
+
+// The facts about a cell that code outside templates needs.
+struct CellTraits {
+  CellIndex index;
+  const char* name;
+  int64_t gates, saved;
+  bool has_c, split_gates;
+};
+
+constexpr CellTraits cell_traits[] = {
+#define FUSED_RNN_TRAITS(name, cell) \
+  {CellIndex::name, #name, cell::gates, cell::saved, cell::has_c, cell::split_gates},
+    FUSED_RNN_FOR_EACH_CELL(FUSED_RNN_TRAITS)};
+
+const CellTraits& traits(CellIndex index) { return cell_traits[static_cast<int>(index)]; }
+
+// ---- checks ----------------------------------------------------------------------------------------
+
+std::string shape_string(const Tensor& tensor) {
+  std::string text = "(";
+  for (int64_t i = 0; i < tensor.dim(); ++i)
+    text += (i ? ", " : "") + std::to_string(tensor.size(i));
+  return text + ")";
+}
+
+void check_shape(const char* name, const Tensor& tensor, std::initializer_list<int64_t> expected,
+                 const char* letters) {
+  bool same = tensor.dim() == static_cast<int64_t>(expected.size());
+  std::string text;
+  int64_t i = 0;
+  for (int64_t size : expected) {
+    same = same && tensor.size(i) == size;
+    text += (i++ ? ", " : "") + std::to_string(size);
+  }
+  STD_TORCH_CHECK(same, "Expected ", name, " of shape ", letters, " = (", text, "), got ",
+                  shape_string(tensor));
+}
+
+const char* dtype_name(ScalarType type) { return torch::headeronly::toString(type); }
+
+void check_like(const char* name, const Tensor& tensor, const Tensor& like, ScalarType dtype) {
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype, "Expected ", name, " of dtype ", dtype_name(dtype),
+                  ", got ", dtype_name(tensor.scalar_type()));
+  STD_TORCH_CHECK(tensor.is_cuda() == like.is_cuda() &&
+                      tensor.get_device_index() == like.get_device_index(),
+                  "Expected ", name, " on the same device as the other arguments");
+}
+
+DType storage_type(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return DType::float32;
+    case ScalarType::Double:
+      return DType::float64;
+    case ScalarType::BFloat16:
+      return DType::bfloat16;
+    case ScalarType::Half:
+      return DType::float16;
+    default:
+      STD_TORCH_CHECK(false, "Expected a tensor of dtype Float, Double, BFloat16 or Half, got ",
+                      dtype_name(tensor.scalar_type()));
+  }
+}
+
+ScalarType compute_type(ScalarType storage) {
+  return storage == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// ---- tensors -----------------------------------------------------------------------------------------
+
+Tensor as_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+OptionalTensor as_contiguous(const OptionalTensor& tensor) {
+  return tensor ? OptionalTensor(as_contiguous(*tensor)) : std::nullopt;
+}
+
+const void* pointer(const OptionalTensor& tensor) {
+  return tensor ? tensor->const_data_ptr() : nullptr;
+}
+
+// A (T, B, L, n) tensor; the caller has seen to a contiguous last dimension.
+Sequence sequence(const Tensor& tensor) {
+  return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+}
+
+Sequence sequence(const OptionalTensor& tensor) {
+  return tensor ? sequence(*tensor) : Sequence{};
+}
+
+Tensor with_contiguous_units(const Tensor& tensor) {
+  return tensor.size(3) <= 1 || tensor.stride(3) == 1 ? tensor : torch::stable::contiguous(tensor);
+}
+
+OptionalTensor with_contiguous_units(const OptionalTensor& tensor) {
+  return tensor ? OptionalTensor(with_contiguous_units(*tensor)) : std::nullopt;
+}
+
+// Allocates results beside `like`; `zeroed` where ragged rows leave steps unwritten.
+struct Results {
+  const Tensor& like;
+  bool zeroed;
+
+  Tensor operator()(std::initializer_list<int64_t> shape, ScalarType dtype) const {
+    return zeroed ? torch::stable::new_zeros(like, shape, dtype)
+                  : torch::stable::new_empty(like, shape, dtype);
+  }
+  Tensor operator()(std::initializer_list<int64_t> shape) const {
+    return (*this)(shape, like.scalar_type());
+  }
+  Tensor none() const { return torch::stable::new_empty(like, {0}); }
+};
+
+// ---- engines -----------------------------------------------------------------------------------------
+
+// Scratch comes from torch's allocator: cached, and filled with NaN when torch is asked to do that.
+void* allocate_scratch(void* allocator, size_t bytes) {
+  Tensor& scratch = *static_cast<Tensor*>(allocator);
+  scratch = torch::stable::empty({static_cast<int64_t>(bytes) + 64}, ScalarType::Byte);
+  const auto address = reinterpret_cast<uintptr_t>(scratch.data_ptr());
+  return reinterpret_cast<void*>((address + 63) / 64 * 64);
+}
+
+template <class Run>
+void on_cpu(const Run& run) {
+  Tensor scratch;
+  const cpu::Host host{
+      static_cast<int>(torch::stable::get_num_threads()),
+      [](int64_t count, void (*task)(int64_t, int64_t, void*), void* context) {
+        STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, 1, task, context));
+      },
+      allocate_scratch, &scratch};
+  run(host);
+}
+
+void run(const CellTraits& cell, const ForwardParams& p, const Tensor& like) {
+#ifdef FUSED_RNN_CUDA
+  if (like.is_cuda()) return cuda::run_per_step(static_cast<int>(cell.index), p, cuda_host(like));
+#endif
+  STD_TORCH_CHECK(like.is_cpu(), cell.name, "_forward: this build has no engine for that device");
+  on_cpu([&](const cpu::Host& host) {
+    cpu::active_instruction_set().forward(cpu::CellId(cell.index), p.dtype)(p, host);
+  });
+}
+
+void run(const CellTraits& cell, const BackwardParams& p, const Tensor& like) {
+#ifdef FUSED_RNN_CUDA
+  if (like.is_cuda()) return cuda::run_per_step(static_cast<int>(cell.index), p, cuda_host(like));
+#endif
+  STD_TORCH_CHECK(like.is_cpu(), cell.name, "_backward: this build has no engine for that device");
+  on_cpu([&](const cpu::Host& host) {
+    cpu::active_instruction_set().backward(cpu::CellId(cell.index), p.dtype)(p, host);
+  });
+}
+
+// ---- ops ---------------------------------------------------------------------------------------------
+
+// Ragged time, as both ops take it. Lengths must lie within 0..T; on the CPU that is checked.
+struct Ragged {
+  OptionalTensor lengths, resets;
+
+  Ragged(const OptionalTensor& lengths_in, const OptionalTensor& resets_in, const Tensor& like,
+         int64_t T, int64_t B)
+      : lengths(as_contiguous(lengths_in)), resets(as_contiguous(resets_in)) {
+    if (lengths) {
+      check_like("lengths", *lengths, like, ScalarType::Long);
+      check_shape("lengths", *lengths, {B}, "(B)");
+      if (like.is_cpu())
+        for (int64_t b = 0; b < B; ++b) {
+          const int64_t length = static_cast<const int64_t*>(lengths->const_data_ptr())[b];
+          STD_TORCH_CHECK(length >= 0 && length <= T, "Expected lengths within 0..", T,
+                          " (the timesteps of input), got lengths[", b, "] = ", length);
+        }
+    }
+    if (resets) {
+      check_like("resets", *resets, like, ScalarType::Bool);
+      check_shape("resets", *resets, {T, B}, "(T, B)");
+    }
+  }
+
+  void fill(Shape& p) const {
+    p.lengths = static_cast<const int64_t*>(pointer(lengths));
+    p.resets = static_cast<const bool*>(pointer(resets));
+  }
+};
+
+void check_state(const char* name, const OptionalTensor& state, const Tensor& like, int64_t L,
+                 int64_t B, int64_t n, const char* letters) {
+  if (!state) return;
+  check_like(name, *state, like, like.scalar_type());
+  check_shape(name, *state, {L, B, n}, letters);
+}
+
+void check_weights(const CellTraits& cell, const Tensor& like, const Tensor& weight_hh,
+                   const OptionalTensor& bias_hh, const OptionalTensor& weight_hr, const Shape& p) {
+  check_like("weight_hh", weight_hh, like, like.scalar_type());
+  check_shape("weight_hh", weight_hh, {p.L, cell.gates * p.H, p.P}, "(L, G*H, P)");
+  if (bias_hh) {
+    check_like("bias_hh", *bias_hh, like, like.scalar_type());
+    check_shape("bias_hh", *bias_hh, {p.L, cell.gates * p.H}, "(L, G*H)");
+  }
+  if (weight_hr) {
+    STD_TORCH_CHECK(cell.has_c, "weight_hr: only lstm has a projection, not ", cell.name);
+    check_like("weight_hr", *weight_hr, like, like.scalar_type());
+    check_shape("weight_hr", *weight_hr, {p.L, p.P, p.H}, "(L, P, H)");
+  } else {
+    STD_TORCH_CHECK(p.P == p.H, "Expected weight_hh of shape (L, G*H, H) = (", p.L, ", ",
+                    cell.gates * p.H, ", ", p.H, "), got ", shape_string(weight_hh));
+  }
+}
+
+using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+ForwardResult forward(const CellTraits& cell, Tensor input_gates, OptionalTensor hx,
+                      OptionalTensor cx, Tensor weight_hh, OptionalTensor bias_hh,
+                      OptionalTensor weight_hr, OptionalTensor lengths, OptionalTensor resets,
+                      int64_t directions, bool save_reserve, bool save_cells) {
+  ForwardParams p{};
+  p.dtype = storage_type(input_gates);
+  STD_TORCH_CHECK(input_gates.dim() == 4 && input_gates.size(3) % cell.gates == 0,
+                  "Expected input_gates of shape (T, B, L, ", cell.gates, "*H), got ",
+                  shape_string(input_gates));
+  STD_TORCH_CHECK(directions == 1 || (directions == 2 && input_gates.size(2) % 2 == 0),
+                  "Expected directions 1, or 2 with an even number of lanes, got ", directions,
+                  " with ", input_gates.size(2), " lanes");
+  STD_TORCH_CHECK(weight_hh.dim() == 3, "Expected weight_hh of shape (L, G*H, P), got ",
+                  shape_string(weight_hh));
+  p.T = input_gates.size(0);
+  p.B = input_gates.size(1);
+  p.L = input_gates.size(2);
+  p.H = input_gates.size(3) / cell.gates;
+  p.P = weight_hh.size(2);
+  p.directions = static_cast<int>(directions);
+  p.projected = weight_hr.has_value();
+  check_weights(cell, input_gates, weight_hh, bias_hh, weight_hr, p);
+  check_state("hx", hx, input_gates, p.L, p.B, p.P, "(L, B, P)");
+  check_state("cx", cx, input_gates, p.L, p.B, p.H, "(L, B, H)");
+  const Ragged ragged(lengths, resets, input_gates, p.T, p.B);
+
+  input_gates = with_contiguous_units(input_gates);
+  hx = as_contiguous(hx);
+  cx = as_contiguous(cx);
+  weight_hh = as_contiguous(weight_hh);
+  bias_hh = as_contiguous(bias_hh);
+  weight_hr = as_contiguous(weight_hr);
+  ragged.fill(p);
+  p.input_gates = sequence(input_gates);
+  p.hx = pointer(hx);
+  p.cx = pointer(cx);
+  p.weight_hh = weight_hh.const_data_ptr();
+  p.bias_hh = pointer(bias_hh);
+  p.weight_hr = pointer(weight_hr);
+
+  const Results make{input_gates, p.lengths != nullptr};
+  const Results make_state{input_gates, false};
+  const bool with_cells = cell.has_c && (save_reserve || save_cells);
+  const bool with_reserve = save_reserve && cell.saved > 0;
+  const bool with_unprojected = save_reserve && p.projected;
+  Tensor output = make({p.T, p.B, p.L, p.P});
+  Tensor h_n = make_state({p.L, p.B, p.P});
+  Tensor c_n = cell.has_c ? make_state({p.L, p.B, p.H}) : make.none();
+  Tensor reserve = with_reserve ? make({p.T, p.B, p.L, cell.saved * p.H}) : make.none();
+  Tensor cells =
+      with_cells ? make({p.T, p.B, p.L, p.H}, compute_type(input_gates.scalar_type())) : make.none();
+  Tensor unprojected = with_unprojected ? make({p.T, p.B, p.L, p.H}) : make.none();
+  p.output = sequence(output);
+  p.h_n = h_n.data_ptr();
+  p.c_n = cell.has_c ? c_n.data_ptr() : nullptr;
+  if (with_reserve) p.reserve = sequence(reserve);
+  if (with_cells) p.cells = sequence(cells);
+  if (with_unprojected) p.unprojected = sequence(unprojected);
+
+  if (p.L * p.B > 0) run(cell, p, input_gates);
+  return {output, h_n, c_n, reserve, cells, unprojected};
+}
+
+using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+BackwardResult backward(const CellTraits& cell, OptionalTensor grad_output, OptionalTensor grad_h_n,
+                        OptionalTensor grad_c_n, OptionalTensor grad_cells, Tensor output,
+                        Tensor reserve, Tensor cells, OptionalTensor hx, OptionalTensor cx,
+                        Tensor weight_hh, OptionalTensor weight_hr, OptionalTensor lengths,
+                        OptionalTensor resets, int64_t directions) {
+  BackwardParams p{};
+  p.dtype = storage_type(output);
+  STD_TORCH_CHECK(output.dim() == 4, "Expected output of shape (T, B, L, P), got ",
+                  shape_string(output));
+  STD_TORCH_CHECK(weight_hh.dim() == 3 && weight_hh.size(1) % cell.gates == 0,
+                  "Expected weight_hh of shape (L, ", cell.gates, "*H, P), got ",
+                  shape_string(weight_hh));
+  STD_TORCH_CHECK(directions == 1 || (directions == 2 && output.size(2) % 2 == 0),
+                  "Expected directions 1, or 2 with an even number of lanes, got ", directions,
+                  " with ", output.size(2), " lanes");
+  p.T = output.size(0);
+  p.B = output.size(1);
+  p.L = output.size(2);
+  p.P = output.size(3);
+  p.H = weight_hh.size(1) / cell.gates;
+  p.directions = static_cast<int>(directions);
+  p.projected = weight_hr.has_value();
+  check_weights(cell, output, weight_hh, std::nullopt, weight_hr, p);
+  check_state("hx", hx, output, p.L, p.B, p.P, "(L, B, P)");
+  check_state("cx", cx, output, p.L, p.B, p.H, "(L, B, H)");
+  check_state("grad_h_n", grad_h_n, output, p.L, p.B, p.P, "(L, B, P)");
+  check_state("grad_c_n", grad_c_n, output, p.L, p.B, p.H, "(L, B, H)");
+  if (grad_output) {
+    check_like("grad_output", *grad_output, output, output.scalar_type());
+    check_shape("grad_output", *grad_output, {p.T, p.B, p.L, p.P}, "(T, B, L, P)");
+  }
+  const ScalarType c_type = compute_type(output.scalar_type());
+  if (grad_cells) {
+    check_like("grad_cells", *grad_cells, output, c_type);
+    check_shape("grad_cells", *grad_cells, {p.T, p.B, p.L, p.H}, "(T, B, L, H)");
+  }
+  if (cell.saved > 0) {
+    check_like("reserve", reserve, output, output.scalar_type());
+    check_shape("reserve", reserve, {p.T, p.B, p.L, cell.saved * p.H}, "(T, B, L, S*H)");
+  }
+  if (cell.has_c) {
+    check_like("cells", cells, output, c_type);
+    check_shape("cells", cells, {p.T, p.B, p.L, p.H}, "(T, B, L, H)");
+  }
+  const Ragged ragged(lengths, resets, output, p.T, p.B);
+
+  grad_output = with_contiguous_units(grad_output);
+  grad_cells = with_contiguous_units(grad_cells);
+  grad_h_n = as_contiguous(grad_h_n);
+  grad_c_n = as_contiguous(grad_c_n);
+  output = with_contiguous_units(output);
+  hx = as_contiguous(hx);
+  cx = as_contiguous(cx);
+  weight_hh = as_contiguous(weight_hh);
+  weight_hr = as_contiguous(weight_hr);
+  ragged.fill(p);
+  p.grad_output = sequence(grad_output);
+  p.grad_cells = sequence(grad_cells);
+  p.grad_h_n = pointer(grad_h_n);
+  p.grad_c_n = pointer(grad_c_n);
+  p.output = sequence(output);
+  if (cell.saved > 0) p.reserve = sequence(reserve = with_contiguous_units(reserve));
+  if (cell.has_c) p.cells = sequence(cells = with_contiguous_units(cells));
+  p.hx = pointer(hx);
+  p.cx = pointer(cx);
+  p.weight_hh = weight_hh.const_data_ptr();
+  p.weight_hr = pointer(weight_hr);
+
+  const Results make{output, p.lengths != nullptr};
+  const Results make_state{output, false};
+  Tensor d_input_gates = make({p.T, p.B, p.L, cell.gates * p.H});
+  Tensor d_hidden_gates =
+      cell.split_gates ? make({p.T, p.B, p.L, cell.gates * p.H}) : make.none();
+  Tensor d_output = p.projected ? make({p.T, p.B, p.L, p.P}) : make.none();
+  Tensor d_hx = make_state({p.L, p.B, p.P});
+  Tensor d_cx = cell.has_c ? make_state({p.L, p.B, p.H}) : make.none();
+  p.d_input_gates = sequence(d_input_gates);
+  if (cell.split_gates) p.d_hidden_gates = sequence(d_hidden_gates);
+  if (p.projected) p.d_output = sequence(d_output);
+  p.d_hx = d_hx.data_ptr();
+  p.d_cx = cell.has_c ? d_cx.data_ptr() : nullptr;
+
+  if (p.L * p.B > 0) run(cell, p, output);
+  return {d_input_gates, d_hidden_gates, d_hx, d_cx, d_output};
+}
+
+// One pair of plain functions per cell: TORCH_BOX does not instantiate templates.
+#define FUSED_RNN_OPS(name, cell)                                                                  \
+  ForwardResult name##_forward(Tensor input_gates, OptionalTensor hx, OptionalTensor cx,           \
+                               Tensor weight_hh, OptionalTensor bias_hh, OptionalTensor weight_hr, \
+                               OptionalTensor lengths, OptionalTensor resets, int64_t directions,  \
+                               bool save_reserve, bool save_cells) {                               \
+    return forward(traits(CellIndex::name), input_gates, hx, cx, weight_hh, bias_hh, weight_hr,    \
+                   lengths, resets, directions, save_reserve, save_cells);                         \
+  }                                                                                                \
+  BackwardResult name##_backward(                                                                  \
+      OptionalTensor grad_output, OptionalTensor grad_h_n, OptionalTensor grad_c_n,                \
+      OptionalTensor grad_cells, Tensor output, Tensor reserve, Tensor cells, OptionalTensor hx,   \
+      OptionalTensor cx, Tensor weight_hh, OptionalTensor weight_hr, OptionalTensor lengths,       \
+      OptionalTensor resets, int64_t directions) {                                                 \
+    return backward(traits(CellIndex::name), grad_output, grad_h_n, grad_c_n, grad_cells, output,  \
+                    reserve, cells, hx, cx, weight_hh, weight_hr, lengths, resets, directions);    \
+  }
+FUSED_RNN_FOR_EACH_CELL(FUSED_RNN_OPS)
+
+// Letters as in params.h. Absent results have shape (0,).
+constexpr const char* forward_schema =
+    "_forward(Tensor input_gates, Tensor? hx, Tensor? cx, Tensor weight_hh, Tensor? bias_hh, "
+    "Tensor? weight_hr, Tensor? lengths, Tensor? resets, int directions, bool save_reserve, "
+    "bool save_cells) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor reserve, Tensor cells, "
+    "Tensor unprojected)";
+constexpr const char* backward_schema =
+    "_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor? grad_cells, "
+    "Tensor output, Tensor reserve, Tensor cells, Tensor? hx, Tensor? cx, Tensor weight_hh, "
+    "Tensor? weight_hr, Tensor? lengths, Tensor? resets, int directions) -> "
+    "(Tensor d_input_gates, Tensor d_hidden_gates, Tensor d_hx, Tensor d_cx, Tensor d_output)";
+
+template <class Library>
+void implement(Library& library) {
+#define FUSED_RNN_IMPLEMENT(name, cell)                        \
+  library.impl(#name "_forward", TORCH_BOX(&name##_forward));  \
+  library.impl(#name "_backward", TORCH_BOX(&name##_backward));
+  FUSED_RNN_FOR_EACH_CELL(FUSED_RNN_IMPLEMENT)
+}
+
+}  // namespace fused_rnn::binding
+
+STABLE_TORCH_LIBRARY(fused_rnn, library) {
+  for (const auto& cell : fused_rnn::binding::cell_traits) {
+    library.def((std::string(cell.name) + fused_rnn::binding::forward_schema).c_str());
+    library.def((std::string(cell.name) + fused_rnn::binding::backward_schema).c_str());
+  }
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fused_rnn, CPU, library) { fused_rnn::binding::implement(library); }
+#ifdef FUSED_RNN_CUDA
+STABLE_TORCH_LIBRARY_IMPL(fused_rnn, CUDA, library) { fused_rnn::binding::implement(library); }
+#endif
+
+PYBIND11_MODULE(_C, module) {
+  namespace py = pybind11;
+  module.def("cells", [] {
+    py::dict cells;
+    for (const auto& cell : fused_rnn::binding::cell_traits) {
+      py::dict traits;
+      traits["gates"] = cell.gates;
+      traits["saved"] = cell.saved;
+      traits["has_c"] = cell.has_c;
+      traits["split_gates"] = cell.split_gates;
+      cells[cell.name] = traits;
+    }
+    return cells;
+  }, "Facts about each cell: gates and saved values per unit, whether it has a cell state.");
+  module.def("build_info", [] {
+    py::dict info;
+    info["compiler"] = __VERSION__;
+    info["torch_target"] = "2.10";
+#ifdef FUSED_RNN_CUDA
+    info["cuda"] = FUSED_RNN_CUDA;
+#else
+    info["cuda"] = py::none();
+#endif
+    return info;
+  }, "How this binary was built.");
+  module.def("instruction_sets", [] {
+    py::dict supported;
+    size_t count;
+    const auto* sets = fused_rnn::cpu::instruction_sets(&count);
+    for (size_t i = 0; i < count; ++i) supported[sets[i].name] = sets[i].supported();
+    return supported;
+  }, "The CPU engine's compiled instruction sets, best first, and which this machine supports.");
+  module.def("active_instruction_set",
+             [] { return std::string(fused_rnn::cpu::active_instruction_set().name); },
+             "The instruction set in use; FUSED_RNN_CPU_ISA forces one.");
+}

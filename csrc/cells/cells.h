@@ -1,0 +1,14 @@
+// The register of cells: to add one, include its header and give it a line. Every engine and every op
+// is made from this list.
+#pragma once
+
+#include "gru.h"
+#include "lstm.h"
+#include "rnn.h"
+
+// X(name in op names and Python, cell type)
+#define FUSED_RNN_FOR_EACH_CELL(X) \
+  X(rnn_tanh, RnnTanh)             \
+  X(rnn_relu, RnnRelu)             \
+  X(lstm, Lstm)                    \
+  X(gru, Gru)

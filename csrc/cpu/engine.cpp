@@ -1,0 +1,69 @@
+// Which copies of the engine this binary has, and which one this machine runs.
+#include "engine.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+namespace fused_rnn {
+
+#define FUSED_RNN_DECLARE(isa)                                  \
+  namespace isa {                                               \
+  cpu::ForwardFn forward_function(cpu::CellId cell, DType d);   \
+  cpu::BackwardFn backward_function(cpu::CellId cell, DType d); \
+  }
+FUSED_RNN_DECLARE(portable)
+#if defined(__x86_64__)
+FUSED_RNN_DECLARE(avx2)
+FUSED_RNN_DECLARE(avx512)
+#endif
+
+namespace cpu {
+namespace {
+
+const InstructionSet sets[] = {
+#if defined(__x86_64__)
+    {"avx512",
+     [] {
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+     },
+     avx512::forward_function, avx512::backward_function},
+    {"avx2",
+     [] {
+       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+              __builtin_cpu_supports("f16c");
+     },
+     avx2::forward_function, avx2::backward_function},
+#endif
+    {"portable", [] { return true; }, portable::forward_function, portable::backward_function},
+};
+
+const InstructionSet& choose() {
+  const char* wanted = std::getenv("FUSED_RNN_CPU_ISA");
+  for (const InstructionSet& set : sets) {
+    if (wanted && *wanted && std::strcmp(wanted, set.name) != 0) continue;
+    if (set.supported()) return set;
+    if (wanted && *wanted)
+      throw std::runtime_error(std::string("FUSED_RNN_CPU_ISA=") + wanted +
+                               ": this machine does not support it");
+  }
+  throw std::runtime_error(std::string("FUSED_RNN_CPU_ISA=") + wanted +
+                           ": no such instruction set; expected avx512, avx2 or portable");
+}
+
+}  // namespace
+
+const InstructionSet* instruction_sets(size_t* count) {
+  *count = sizeof(sets) / sizeof(sets[0]);
+  return sets;
+}
+
+const InstructionSet& active_instruction_set() {
+  static const InstructionSet& set = choose();
+  return set;
+}
+
+}  // namespace cpu
+}  // namespace fused_rnn

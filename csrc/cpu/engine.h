@@ -1,0 +1,40 @@
+// The CPU engine's face to the binding. No torch here.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../params.h"
+
+namespace fused_rnn::cpu {
+
+// What the engine asks of its host.
+struct Host {
+  int threads;  // at most this many run at once
+  // Calls task(begin, end, context) over 0..count, in parallel where it can.
+  void (*parallel_for)(int64_t count, void (*task)(int64_t, int64_t, void*), void* context);
+  // Scratch memory, 64-byte aligned, alive until the op returns.
+  void* (*allocate)(void* allocator, size_t bytes);
+  void* allocator;
+};
+
+using ForwardFn = void (*)(const ForwardParams&, const Host&);
+using BackwardFn = void (*)(const BackwardParams&, const Host&);
+
+enum class CellId : int;
+
+// One compiled copy of the engine.
+struct InstructionSet {
+  const char* name;
+  bool (*supported)();
+  ForwardFn (*forward)(CellId cell, DType dtype);
+  BackwardFn (*backward)(CellId cell, DType dtype);
+};
+
+// All copies in this binary, best first; the last runs anywhere.
+const InstructionSet* instruction_sets(size_t* count);
+
+// The copy in use: the best this machine supports, or the one named by FUSED_RNN_CPU_ISA.
+const InstructionSet& active_instruction_set();
+
+}  // namespace fused_rnn::cpu

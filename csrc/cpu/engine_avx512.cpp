@@ -1,0 +1,19 @@
+// The engine for x86-64 with AVX-512 F, BW, DQ and VL.
+#include "prelude.h"
+
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#endif
+
+#define FUSED_RNN_ISA avx512
+#define FUSED_RNN_VECTOR_BYTES 64
+#define FUSED_RNN_F16C
+#include "instantiate.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

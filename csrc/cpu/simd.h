@@ -1,0 +1,237 @@
+// Vec<T, N>: N lanes of float or double on the compiler's vector extensions, with the functions that
+// cells need. Included once per instruction set, inside that set's namespace and target pragma (see
+// engine_*.cpp), so the same text becomes SSE2/NEON, AVX2 or AVX-512.
+//
+// No include guard on purpose. Needs FUSED_RNN_VECTOR_BYTES, and FUSED_RNN_F16C where the set has the
+// half-precision conversions.
+
+// The compiler's vector types; its attribute wants a named element type, not a template's.
+template <class T, int N>
+struct NativeOf;
+template <int N>
+struct NativeOf<float, N> {
+  using Integer = int32_t;
+  typedef float Native __attribute__((vector_size(4 * N)));
+  typedef int32_t Mask __attribute__((vector_size(4 * N)));
+};
+template <int N>
+struct NativeOf<double, N> {
+  using Integer = int64_t;
+  typedef double Native __attribute__((vector_size(8 * N)));
+  typedef int64_t Mask __attribute__((vector_size(8 * N)));
+};
+
+template <int N>
+struct Bits {
+  typedef uint16_t Short __attribute__((vector_size(2 * N)));
+  typedef uint32_t Word __attribute__((vector_size(4 * N)));
+};
+
+template <class T, int N>
+struct Vec {
+  using Scalar = T;
+  using Integer = typename NativeOf<T, N>::Integer;
+  using Native = typename NativeOf<T, N>::Native;
+  using Mask = typename NativeOf<T, N>::Mask;
+  static constexpr int size = N;
+
+  Native v;
+
+  HOST_DEVICE Vec() {}
+  HOST_DEVICE explicit Vec(Native native) : v(native) {}
+  HOST_DEVICE explicit Vec(T x) : v(x - Native{}) {}
+  HOST_DEVICE explicit Vec(int x) : v(static_cast<T>(x) - Native{}) {}
+
+  friend HOST_DEVICE Vec operator+(Vec a, Vec b) { return Vec(a.v + b.v); }
+  friend HOST_DEVICE Vec operator-(Vec a, Vec b) { return Vec(a.v - b.v); }
+  friend HOST_DEVICE Vec operator*(Vec a, Vec b) { return Vec(a.v * b.v); }
+  friend HOST_DEVICE Vec operator/(Vec a, Vec b) { return Vec(a.v / b.v); }
+  friend HOST_DEVICE Vec operator-(Vec a) { return Vec(-a.v); }
+  friend HOST_DEVICE Mask operator<=(Vec a, Vec b) { return a.v <= b.v; }
+  friend HOST_DEVICE Mask operator<(Vec a, Vec b) { return a.v < b.v; }
+  friend HOST_DEVICE Vec where(Mask condition, Vec a, Vec b) {
+    return Vec(condition ? a.v : b.v);
+  }
+
+  static HOST_DEVICE Vec load(const T* from) {
+    Vec x;
+    memcpy(&x.v, from, sizeof(Native));
+    return x;
+  }
+  HOST_DEVICE void store(T* to) const { memcpy(to, &v, sizeof(Native)); }
+};
+
+// ---- exp and tanh --------------------------------------------------------------------------------
+//
+// Both rest on expm1(r) for |r| <= ln(2)/2, a Taylor polynomial carried past the last bit, and
+// exp(x) = 2^k (1 + expm1(r)), k = round(x / ln 2), r = x - k ln 2 in two pieces.
+
+template <class T>
+struct ExpConstants;
+
+template <>
+struct ExpConstants<float> {
+  static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
+  static constexpr float round = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  static constexpr float lowest = -103.0f, highest = 88.8f;
+  static constexpr float series[] = {1 / 5040.0f, 1 / 720.0f, 1 / 120.0f, 1 / 24.0f, 1 / 6.0f, 0.5f};
+  static constexpr int mantissa_bits = 23, bias = 127;
+};
+
+template <>
+struct ExpConstants<double> {
+  static constexpr double ln2_high = 6.93147180369123816490e-1, ln2_low = 1.90821492927058770002e-10;
+  static constexpr double round = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr double lowest = -745.0, highest = 709.9;
+  static constexpr double series[] = {
+      1 / 87178291200.0, 1 / 6227020800.0, 1 / 479001600.0, 1 / 39916800.0, 1 / 3628800.0,
+      1 / 362880.0,      1 / 40320.0,      1 / 5040.0,      1 / 720.0,      1 / 120.0,
+      1 / 24.0,          1 / 6.0,          0.5};
+  static constexpr int mantissa_bits = 52, bias = 1023;
+};
+
+// 2^k for integral k within the normal exponents.
+template <class T, int N>
+HOST_DEVICE Vec<T, N> power_of_two(typename Vec<T, N>::Mask k) {
+  using K = ExpConstants<T>;
+  using Integer = typename Vec<T, N>::Integer;
+  const typename Vec<T, N>::Mask bits = (k + Integer(K::bias)) << Integer(K::mantissa_bits);
+  Vec<T, N> result;
+  memcpy(&result.v, &bits, sizeof(bits));
+  return result;
+}
+
+// x = k ln 2 + r; returns expm1(r).
+template <class T, int N>
+HOST_DEVICE Vec<T, N> reduce_expm1(Vec<T, N> x, typename Vec<T, N>::Mask& k) {
+  using K = ExpConstants<T>;
+  using V = Vec<T, N>;
+  const V shifted = x * V(T(1.4426950408889634074)) + V(K::round);
+  const V whole = shifted - V(K::round);
+  k = __builtin_convertvector(whole.v, typename V::Mask);
+  const V r = (x - whole * V(K::ln2_high)) - whole * V(K::ln2_low);
+  V series(K::series[0]);
+  for (unsigned i = 1; i < sizeof(K::series) / sizeof(T); ++i) series = series * r + V(K::series[i]);
+  return series * (r * r) + r;
+}
+
+template <class T, int N>
+HOST_DEVICE Vec<T, N> exp(Vec<T, N> x) {
+  using K = ExpConstants<T>;
+  using V = Vec<T, N>;
+  using Integer = typename V::Integer;
+  // Clamp so that k stays in range; NaN compares false and passes through.
+  x = where(x <= V(K::lowest), V(K::lowest), x);
+  x = where(V(K::highest) <= x, V(K::highest), x);
+  typename V::Mask k;
+  const V p = reduce_expm1(x, k);
+  // In two factors, because 2^k alone may be subnormal or infinite where the product is not.
+  const typename V::Mask half = k >> Integer(1);
+  return (V(1) + p) * power_of_two<T, N>(half) * power_of_two<T, N>(k - half);
+}
+
+// tanh |x| = -e / (2 + e), e = expm1(-2|x|): full relative accuracy, also near zero.
+template <class T, int N>
+HOST_DEVICE Vec<T, N> tanh(Vec<T, N> x) {
+  using V = Vec<T, N>;
+  const typename V::Mask negative = x < V(0);
+  V y = where(negative, x, -x);  // -|x|
+  y = where(y <= V(-22), V(-22), y);
+  typename V::Mask k;
+  const V p = reduce_expm1(y + y, k);
+  const V scale = power_of_two<T, N>(k);
+  const V e = p * scale + (scale - V(1));
+  const V magnitude = e / (V(2) + e);  // negative of tanh |x|
+  return where(negative, magnitude, -magnitude);
+}
+
+// ---- conversions between storage and compute types -------------------------------------------------
+
+template <int N>
+HOST_DEVICE Vec<float, N> widen_vector(const BFloat16* from) {
+  using Word = typename Bits<N>::Word;
+  typename Bits<N>::Short bits;
+  memcpy(&bits, from, sizeof(bits));
+  const Word words = __builtin_convertvector(bits, Word) << 16;
+  Vec<float, N> result;
+  memcpy(&result.v, &words, sizeof(words));
+  return result;
+}
+
+template <int N>
+HOST_DEVICE void narrow_vector(Vec<float, N> x, BFloat16* to) {
+  using Short = typename Bits<N>::Short;
+  using Word = typename Bits<N>::Word;
+  Word words;
+  memcpy(&words, &x.v, sizeof(words));
+  const Word rounded = (words + 0x7fffu + ((words >> 16) & 1u)) >> 16;
+  const Word quiet = (words >> 16) | 0x40u;
+  const auto is_nan = x.v != x.v;
+  const Short bits = __builtin_convertvector(is_nan ? quiet : rounded, Short);
+  memcpy(to, &bits, sizeof(bits));
+}
+
+template <int N>
+HOST_DEVICE Vec<float, N> widen_vector(const Half* from) {
+  Vec<float, N> result;
+#if defined(FUSED_RNN_F16C) && FUSED_RNN_VECTOR_BYTES == 64
+  result.v = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#elif defined(FUSED_RNN_F16C)
+  result.v = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#else
+  for (int i = 0; i < N; ++i) result.v[i] = widen(from[i]);
+#endif
+  return result;
+}
+
+template <int N>
+HOST_DEVICE void narrow_vector(Vec<float, N> x, Half* to) {
+#if defined(FUSED_RNN_F16C) && FUSED_RNN_VECTOR_BYTES == 64
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(x.v, 0));
+#elif defined(FUSED_RNN_F16C)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(x.v, 0));
+#else
+  for (int i = 0; i < N; ++i) to[i] = Narrow<Half>::from(x.v[i]);
+#endif
+}
+
+template <int N>
+HOST_DEVICE Vec<float, N> widen_vector(const float* from) {
+  return Vec<float, N>::load(from);
+}
+template <int N>
+HOST_DEVICE Vec<double, N> widen_vector(const double* from) {
+  return Vec<double, N>::load(from);
+}
+template <class T, int N>
+HOST_DEVICE void narrow_vector(Vec<T, N> x, T* to) {
+  x.store(to);
+}
+
+template <class T>
+using Vector = Vec<T, FUSED_RNN_VECTOR_BYTES / static_cast<int>(sizeof(T))>;
+
+}  // namespace FUSED_RNN_ISA
+
+template <class T, int N>
+struct Memory<FUSED_RNN_ISA::Vec<T, N>> {
+  using V = FUSED_RNN_ISA::Vec<T, N>;
+
+  template <class S>
+  static HOST_DEVICE V load(const S* from, int64_t count) {
+    if (count >= N) return FUSED_RNN_ISA::widen_vector<N>(from);
+    S padded[N] = {};
+    memcpy(padded, from, count * sizeof(S));
+    return FUSED_RNN_ISA::widen_vector<N>(padded);
+  }
+
+  template <class S>
+  static HOST_DEVICE void store(V value, S* to, int64_t count) {
+    if (count >= N) return FUSED_RNN_ISA::narrow_vector(value, to);
+    S padded[N];
+    FUSED_RNN_ISA::narrow_vector(value, padded);
+    memcpy(to, padded, count * sizeof(S));
+  }
+};
+
+namespace FUSED_RNN_ISA {

@@ -1,0 +1,88 @@
+// The parameters of the recurrence ops: plain old data, no torch.
+//
+// Letters: T timesteps, B batch rows, L lanes, H hidden units, P width of h (the projection, or H),
+// G gates of the cell, S saved values of the cell. Storage type s is that of the input; compute type
+// c is float for half types and s otherwise. Lanes are independent recurrences with weights of their
+// own; lane l runs backwards in time when directions == 2 and l is odd.
+//
+// No pointer aliases another. Optional pointers are null when absent. Where `lengths` are given, the
+// caller has zeroed every (T, ...) result: engines write only steps that exist.
+#pragma once
+
+#include <cstdint>
+
+#include "macros.h"
+
+namespace fused_rnn {
+
+enum class DType : int { float32, float64, bfloat16, float16 };
+
+// A (T, B, L, n) tensor whose last dimension is contiguous; strides in elements.
+struct Sequence {
+  void* data;
+  int64_t stride_t, stride_b, stride_l;
+
+  template <class S>
+  HOST_DEVICE S* at(int64_t t, int64_t b, int64_t lane) const {
+    return static_cast<S*>(data) + t * stride_t + b * stride_b + lane * stride_l;
+  }
+  explicit operator bool() const { return data != nullptr; }
+};
+
+// What forward and backward share.
+struct Shape {
+  DType dtype;
+  int64_t T, B, L, H, P;
+  int directions;
+  bool projected;
+  const int64_t* lengths;  // (B), each within 0..T; null: every row has T steps
+  const bool* resets;      // (T, B) contiguous; true: state is zeroed before that step
+};
+
+struct ForwardParams : Shape {
+  Sequence input_gates;   // (T, B, L, G*H) s: W_ih x_t + b_ih
+  const void* hx;         // (L, B, P) s, or null for zeros
+  const void* cx;         // (L, B, H) s, or null for zeros
+  const void* weight_hh;  // (L, G*H, P) s
+  const void* bias_hh;    // (L, G*H) s, or null
+  const void* weight_hr;  // (L, P, H) s, null unless projected
+
+  Sequence output;       // (T, B, L, P) s
+  void* h_n;             // (L, B, P) s
+  void* c_n;             // (L, B, H) s, null for cells without c
+  Sequence reserve;      // (T, B, L, S*H) s, null when backward will not follow
+  Sequence cells;        // (T, B, L, H) c, null when neither backward nor the caller wants c
+  Sequence unprojected;  // (T, B, L, H) s: o tanh(c) before the projection; null unless wanted
+};
+
+struct BackwardParams : Shape {
+  Sequence grad_output;  // (T, B, L, P) s, or null for zeros
+  const void* grad_h_n;  // (L, B, P) s, or null for zeros
+  const void* grad_c_n;  // (L, B, H) s, or null for zeros
+  Sequence grad_cells;   // (T, B, L, H) c, or null for zeros
+  Sequence output;       // (T, B, L, P) s, from forward
+  Sequence reserve;      // (T, B, L, S*H) s, from forward
+  Sequence cells;        // (T, B, L, H) c, from forward; null for cells without c
+  const void* hx;        // (L, B, P) s, or null for zeros
+  const void* cx;        // (L, B, H) s, or null for zeros
+  const void* weight_hh;  // (L, G*H, P) s
+  const void* weight_hr;  // (L, P, H) s, null unless projected
+
+  Sequence d_input_gates;   // (T, B, L, G*H) s
+  Sequence d_hidden_gates;  // (T, B, L, G*H) s, null unless the cell splits its gates
+  Sequence d_output;        // (T, B, L, P) s: the whole gradient of h_t; null unless projected
+  void* d_hx;               // (L, B, P) s
+  void* d_cx;               // (L, B, H) s, null for cells without c
+};
+
+// Element (lane, b, 0) of an (L, B, n) tensor.
+template <class S>
+HOST_DEVICE S* state_at(void* data, int64_t B, int64_t n, int64_t lane, int64_t b) {
+  return static_cast<S*>(data) + (lane * B + b) * n;
+}
+template <class S>
+HOST_DEVICE const S* state_at(const void* data, int64_t B, int64_t n, int64_t lane, int64_t b) {
+  return static_cast<const S*>(data) + (lane * B + b) * n;
+}
+
+}  // namespace fused_rnn

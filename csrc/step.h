@@ -1,0 +1,193 @@
+// One timestep of one row, around the cell: what an engine does with V (one unit, or a vector of
+// them) once the recurrent product is in registers. Shared by every engine, so that ragged time,
+// resets, the reserve and the projection mean the same everywhere.
+//
+// Engines carry, per lane and row, in buffers of their own:
+//   h (P)        the state the next product reads, already zeroed if the next step resets
+//   c (H)        likewise, compute type
+//   d_gates (G*H), d_h (P), d_c (H) on the way back: gradients that reach the step before; zero where
+//                a reset cut the row.
+#pragma once
+
+#include "cells/cell.h"
+#include "dtype.h"
+#include "params.h"
+
+namespace fused_rnn {
+
+// Where a row stands in time. `first` and `last` are in the order of processing: a reverse lane
+// begins at the row's last timestep.
+struct RowStep {
+  int64_t t, b, lane;
+  bool first, last;
+  bool reset;         // the state was zeroed before this step
+  bool next_resets;   // the state this step leaves will be zeroed
+};
+
+HOST_DEVICE bool is_reverse(const Shape& p, int64_t lane) {
+  return p.directions == 2 && (lane & 1);
+}
+
+HOST_DEVICE int64_t row_length(const Shape& p, int64_t b) { return p.lengths ? p.lengths[b] : p.T; }
+
+// The timestep that a lane processes at `step` (0..T-1, forward order). Rows whose length is at most
+// that timestep sit it out.
+HOST_DEVICE int64_t time_of_step(const Shape& p, int64_t lane, int64_t step) {
+  return is_reverse(p, lane) ? p.T - 1 - step : step;
+}
+
+HOST_DEVICE int64_t previous_time(const Shape& p, int64_t lane, int64_t t) {
+  return is_reverse(p, lane) ? t + 1 : t - 1;
+}
+
+HOST_DEVICE RowStep row_step(const Shape& p, int64_t lane, int64_t b, int64_t t) {
+  const bool reverse = is_reverse(p, lane);
+  const int64_t end = row_length(p, b) - 1;
+  RowStep row;
+  row.t = t;
+  row.b = b;
+  row.lane = lane;
+  row.first = t == (reverse ? end : 0);
+  row.last = t == (reverse ? 0 : end);
+  row.reset = p.resets && p.resets[t * p.B + b];
+  row.next_resets =
+      p.resets && !row.last && p.resets[(reverse ? t - 1 : t + 1) * p.B + b];
+  return row;
+}
+
+// Whether the initial state of a row is zeroed before its first step. A row without steps keeps it.
+HOST_DEVICE bool first_step_resets(const Shape& p, int64_t lane, int64_t b) {
+  const int64_t length = row_length(p, b);
+  return p.resets && length > 0 && p.resets[(is_reverse(p, lane) ? length - 1 : 0) * p.B + b];
+}
+
+template <class V, class S>
+HOST_DEVICE V load_or_zero(const S* from, int64_t n) {
+  return from ? Memory<V>::load(from, n) : V(0);
+}
+
+// Loads initial state (hx or cx) of `n` units as the first step will see it, and, for a row without
+// steps, passes it on as the final state.
+template <class S, class V>
+HOST_DEVICE V initial_state(const Shape& p, const void* initial, void* final_state, int64_t width,
+                            int64_t lane, int64_t b, int64_t unit, int64_t n) {
+  const V value = load_or_zero<V>(
+      initial ? state_at<S>(initial, p.B, width, lane, b) + unit : nullptr, n);
+  if (row_length(p, b) == 0)
+    Memory<V>::store(value, state_at<S>(final_state, p.B, width, lane, b) + unit, n);
+  return first_step_resets(p, lane, b) ? V(0) : value;
+}
+
+// Stores a new h: to the output, to the engine's state and, on the row's last step, to h_n.
+template <class S, class V, class HiddenState>
+HOST_DEVICE void emit_hidden(const ForwardParams& p, const RowStep& row, int64_t unit, int64_t n,
+                             V h, HiddenState* h_state) {
+  S* output = p.output.at<S>(row.t, row.b, row.lane) + unit;
+  Memory<V>::store(h, output, n);
+  // Read back what was stored: the recurrence continues from the h that the caller sees.
+  const V rounded = Memory<V>::load(output, n);
+  Memory<V>::store(row.next_resets ? V(0) : rounded, h_state, n);
+  if (row.last) Memory<V>::store(h, state_at<S>(p.h_n, p.B, p.P, row.lane, row.b) + unit, n);
+}
+
+// The cell at `n` units from `unit`. prev_h, c_state and h_state point at those units of the engine's
+// state; with a projection h_state is the buffer of unprojected values that the second product reads.
+template <class Cell, class S, class V, class HiddenState>
+HOST_DEVICE void forward_units(const ForwardParams& p, const RowStep& row, int64_t unit, int64_t n,
+                               const V* hidden_gates, const HiddenState* prev_h,
+                               Compute<S>* c_state, HiddenState* h_state) {
+  const S* input_gates = p.input_gates.at<S>(row.t, row.b, row.lane) + unit;
+  V inputs[Cell::gates];
+  for (int g = 0; g < Cell::gates; ++g)
+    inputs[g] = Memory<V>::load(input_gates + g * p.H, n);
+  State<V> prev{V(0), V(0)}, next{V(0), V(0)};
+  if constexpr (Cell::reads_prev_h) prev.h = Memory<V>::load(prev_h, n);
+  if constexpr (Cell::has_c) prev.c = Memory<V>::load(c_state, n);
+  V saved[Cell::saved > 0 ? Cell::saved : 1];
+  Cell::forward(inputs, hidden_gates, prev, next, saved);
+
+  if constexpr (Cell::saved > 0) {
+    if (p.reserve.data) {
+      S* reserve = p.reserve.at<S>(row.t, row.b, row.lane) + unit;
+      for (int i = 0; i < Cell::saved; ++i) Memory<V>::store(saved[i], reserve + i * p.H, n);
+    }
+  }
+  if constexpr (Cell::has_c) {
+    Memory<V>::store(row.next_resets ? V(0) : next.c, c_state, n);
+    if (p.cells.data)
+      Memory<V>::store(next.c, p.cells.at<Compute<S>>(row.t, row.b, row.lane) + unit, n);
+    if (row.last)
+      Memory<V>::store(next.c, state_at<S>(p.c_n, p.B, p.H, row.lane, row.b) + unit, n);
+    if (p.projected) {
+      Memory<V>::store(next.h, h_state, n);
+      if (p.unprojected.data)
+        Memory<V>::store(next.h, p.unprojected.at<S>(row.t, row.b, row.lane) + unit, n);
+      return;
+    }
+  }
+  emit_hidden<S>(p, row, unit, n, next.h, h_state);
+}
+
+// The whole gradient of h_t at `n` units: what came through the next step's product, what it passed
+// on directly (d_h_state, which is used up), and grad_output.
+template <class S, class V, class DState>
+HOST_DEVICE V collect_d_hidden(const BackwardParams& p, const RowStep& row, int64_t unit, int64_t n,
+                               V product, DState* d_h_state) {
+  V d_h = product + Memory<V>::load(d_h_state, n);
+  if (p.grad_output.data)
+    d_h = d_h + Memory<V>::load(p.grad_output.at<S>(row.t, row.b, row.lane) + unit, n);
+  Memory<V>::store(V(0), d_h_state, n);
+  if (p.projected)
+    Memory<V>::store(d_h, p.d_output.at<S>(row.t, row.b, row.lane) + unit, n);
+  return d_h;
+}
+
+// The cell's backward at `n` units from `unit`. d_h is the whole gradient of the cell's h; d_gates
+// points at `unit` of gate 0 in the row the next product reads.
+template <class Cell, class S, class V, class GateState>
+HOST_DEVICE void backward_units(const BackwardParams& p, const RowStep& row, int64_t unit, int64_t n,
+                                V d_h, Compute<S>* d_h_state, Compute<S>* d_c_state,
+                                GateState* d_gates) {
+  const int64_t before = previous_time(p, row.lane, row.t);
+  State<V> prev{V(0), V(0)}, next{V(0), V(0)}, d_next{d_h, V(0)}, d_prev{V(0), V(0)};
+  if constexpr (Cell::reads_h)
+    next.h = Memory<V>::load(p.output.at<S>(row.t, row.b, row.lane) + unit, n);
+  if constexpr (Cell::reads_prev_h) {
+    if (!row.reset)
+      prev.h = row.first ? load_or_zero<V>(
+                               p.hx ? state_at<S>(p.hx, p.B, p.P, row.lane, row.b) + unit : nullptr, n)
+                         : Memory<V>::load(p.output.at<S>(before, row.b, row.lane) + unit, n);
+  }
+  if constexpr (Cell::has_c) {
+    next.c = Memory<V>::load(p.cells.at<Compute<S>>(row.t, row.b, row.lane) + unit, n);
+    if (!row.reset)
+      prev.c = row.first
+                   ? load_or_zero<V>(
+                         p.cx ? state_at<S>(p.cx, p.B, p.H, row.lane, row.b) + unit : nullptr, n)
+                   : Memory<V>::load(p.cells.at<Compute<S>>(before, row.b, row.lane) + unit, n);
+    d_next.c = Memory<V>::load(d_c_state, n);
+    if (p.grad_cells.data)
+      d_next.c =
+          d_next.c + Memory<V>::load(p.grad_cells.at<Compute<S>>(row.t, row.b, row.lane) + unit, n);
+  }
+  V saved[Cell::saved > 0 ? Cell::saved : 1];
+  if constexpr (Cell::saved > 0) {
+    const S* reserve = p.reserve.at<S>(row.t, row.b, row.lane) + unit;
+    for (int i = 0; i < Cell::saved; ++i) saved[i] = Memory<V>::load(reserve + i * p.H, n);
+  }
+  V d_input_gates[Cell::gates], d_hidden_gates[Cell::gates];
+  Cell::backward(saved, prev, next, d_next, d_input_gates, d_hidden_gates, d_prev);
+
+  S* d_inputs = p.d_input_gates.at<S>(row.t, row.b, row.lane) + unit;
+  for (int g = 0; g < Cell::gates; ++g) {
+    Memory<V>::store(d_input_gates[g], d_inputs + g * p.H, n);
+    if constexpr (Cell::split_gates)
+      Memory<V>::store(d_hidden_gates[g],
+                       p.d_hidden_gates.at<S>(row.t, row.b, row.lane) + g * p.H + unit, n);
+    Memory<V>::store(row.reset ? V(0) : d_hidden_gates[g], d_gates + g * p.H, n);
+  }
+  if (!p.projected) Memory<V>::store(row.reset ? V(0) : d_prev.h, d_h_state, n);
+  if constexpr (Cell::has_c) Memory<V>::store(row.reset ? V(0) : d_prev.c, d_c_state, n);
+}
+
+}  // namespace fused_rnn

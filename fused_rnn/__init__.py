@@ -1,0 +1,19 @@
+"""Recurrent networks in PyTorch, fast for everyone: fused drop-ins for torch.nn's RNN layers."""
+
+from . import functional
+from .convert import convert, patch
+from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "GRUCell",
+    "LSTMCell",
+    "RNNCell",
+    "convert",
+    "functional",
+    "patch",
+]

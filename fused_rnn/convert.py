@@ -1,0 +1,124 @@
+"""Putting fused layers where torch.nn's are: in a model that exists, or in code that builds one."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from . import modules
+
+M = TypeVar("M", bound=nn.Module)
+
+# Taken at import: inside patch() torch.nn's own names lead here.
+_FUSED: dict[type[nn.Module], type[nn.Module]] = {
+    nn.RNN: modules.RNN,
+    nn.LSTM: modules.LSTM,
+    nn.GRU: modules.GRU,
+    nn.RNNCell: modules.RNNCell,
+    nn.LSTMCell: modules.LSTMCell,
+    nn.GRUCell: modules.GRUCell,
+}
+
+
+def convert(model: M) -> M:
+    """Replaces every torch.nn RNN, LSTM, GRU and cell of a model by its fused twin, in place.
+
+    The twins share the Parameter objects, so optimizers, tied weights and state_dicts stay valid;
+    buffers, hooks, parametrizations, training mode and attributes come along. A subclass keeps its
+    own methods, and what it inherits becomes fused. A layer that several parents hold is replaced by
+    one twin in all of them.
+
+    Args:
+        model: any module. Only references held as submodules are replaced; a layer that is also kept
+            elsewhere (in a plain list, say) stays torch.nn's there.
+
+    Returns:
+        The model; a bare layer returns its twin and is left as it was.
+    """
+    twins: dict[nn.Module, nn.Module] = {}
+
+    def twin(module: nn.Module) -> nn.Module:
+        if module not in twins:
+            twins[module] = _twin(module)
+        return twins[module]
+
+    if _torch_layer(type(model)) is not None:
+        model = twin(model)  # type: ignore[assignment]
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is not None and _torch_layer(type(child)) is not None:
+                parent._modules[name] = twin(child)
+    return model
+
+
+def _torch_layer(cls: type) -> type[nn.Module] | None:
+    """The torch.nn layer that ``cls`` is or derives from, unless it is fused already."""
+    if issubclass(cls, tuple(_FUSED.values())):
+        return None
+    return next((base for base in cls.__mro__ if base in _FUSED), None)
+
+
+def _twin(module: nn.Module) -> nn.Module:
+    cls = type(module)
+    fused = _fused_class(cls)
+    result = fused.__new__(fused)
+    # Containers are copied and what they hold is shared, as in copy.copy of each.
+    result.__dict__.update(
+        {
+            key: value.copy() if isinstance(value, (dict, list)) else value
+            for key, value in module.__dict__.items()
+        }
+    )
+    return result
+
+
+@functools.cache
+def _fused_class(cls: type[nn.Module]) -> type[nn.Module]:
+    if cls in _FUSED:
+        return _FUSED[cls]
+    # A subclass. In (Subclass, Bridge) with Bridge(fused, torch's) the order of resolution is
+    # Subclass, fused, torch's: the subclass's methods and its super() calls find the fused layer.
+    base = _torch_layer(cls)
+    assert base is not None
+    bridge = type(f"Fused{base.__name__}", (_FUSED[base], base), {"__module__": __name__})
+    return type(cls.__name__, (cls, bridge), {"__module__": cls.__module__, "__reduce__": _reduce,
+                                              "_converted_from": cls})  # fmt: skip
+
+
+def _reduce(self: Any) -> tuple[Any, ...]:
+    return _rebuild, (self._converted_from,), self.__getstate__()
+
+
+def _rebuild(cls: type[nn.Module]) -> nn.Module:
+    fused = _fused_class(cls)
+    return fused.__new__(fused)
+
+
+@contextmanager
+def patch() -> Iterator[None]:
+    """Inside, ``torch.nn.LSTM`` and its kin are the fused classes.
+
+    For code that builds models from ``torch.nn`` names::
+
+        with fused_rnn.patch():
+            model = third_party.Model()
+
+    Code that took a class earlier (``from torch.nn import LSTM``) keeps the one it took; use
+    ``convert`` on its models. Not for concurrent use: torch.nn is one for all threads.
+    """
+    places = (torch.nn, torch.nn.modules, torch.nn.modules.rnn)
+    before = [(place, cls.__name__, getattr(place, cls.__name__))
+              for place in places for cls in _FUSED]  # fmt: skip
+    try:
+        for place in places:
+            for cls, fused in _FUSED.items():
+                setattr(place, cls.__name__, fused)
+        yield
+    finally:
+        for place, name, value in before:
+            setattr(place, name, value)

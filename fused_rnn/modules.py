@@ -1,0 +1,436 @@
+"""RNN, LSTM, GRU and their cells: torch.nn's signatures, parameters and state_dict."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.rnn import RNNBase, RNNCellBase
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+from . import functional
+from .reference import Weights
+
+# Taken once: inside fused_rnn.patch(), torch.nn.LSTM is our own class.
+_TorchLSTM = nn.LSTM
+
+States = tuple[Tensor, ...]  # (h,) or, for LSTM, (h, c)
+
+
+class _Layer(RNNBase):
+    """What RNN, LSTM and GRU share: everything but their constructors and their states."""
+
+    def flatten_parameters(self) -> None:
+        """Does nothing: the kernels pack weights themselves, wherever they lie in memory."""
+
+    def _unpack_states(self, hx: Any) -> States:
+        return (hx,)
+
+    def _pack_states(self, states: States) -> Any:
+        return states[0]
+
+    def _check_state_dims(self, states: States, batched: bool) -> None:
+        given = states[0].dim()
+        if batched and given != 3:
+            raise RuntimeError(
+                f"For batched 3-D input, hx should also be 3-D but got {given}-D tensor"
+            )
+        if not batched and given != 2:
+            raise RuntimeError(
+                f"For unbatched 2-D input, hx should also be 2-D but got {given}-D tensor"
+            )
+
+    def _functional(self, *args: Any, **options: Any) -> tuple[Tensor, ...]:
+        """This layer's functional form: output, states and what the options add."""
+        raise NotImplementedError
+
+    def _run(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Any,
+        lengths: Tensor | None,
+        resets: Tensor | None,
+        **options: Any,
+    ) -> tuple[list[Any], Any]:
+        """The sequences (output, then cells where asked for) and the final states."""
+        states = None if hx is None else self._unpack_states(hx)
+        if isinstance(input, PackedSequence):
+            return self._run_packed(input, states, lengths, resets, **options)
+        if input.dim() not in (2, 3):
+            raise ValueError(
+                f"{self._get_name()}: Expected input to be 2D or 3D, got {input.dim()}D instead"
+            )
+        batched = input.dim() == 3
+        if states is not None:
+            self._check_state_dims(states, batched)
+        if not batched:
+            batch_dim = 0 if self.batch_first else 1
+            input = input.unsqueeze(batch_dim)
+            states = None if states is None else tuple(s.unsqueeze(1) for s in states)
+            lengths = None if lengths is None else lengths.reshape(1)
+            resets = None if resets is None else resets.unsqueeze(batch_dim)
+        self._check(input, states, None)
+        sequences, final = self._call(input, states, self.batch_first, lengths, resets, **options)
+        if not batched:
+            sequences = [s.squeeze(batch_dim) for s in sequences]
+            final = tuple(s.squeeze(1) for s in final)
+        return sequences, self._pack_states(final)
+
+    def _run_packed(
+        self,
+        input: PackedSequence,
+        states: States | None,
+        lengths: Tensor | None,
+        resets: Tensor | None,
+        **options: Any,
+    ) -> tuple[list[Any], Any]:
+        data, batch_sizes, sorted_indices, unsorted_indices = input
+        if lengths is not None:
+            raise ValueError("lengths: a PackedSequence brings its own, expected None")
+        if resets is not None and self.batch_first:
+            resets = resets.transpose(0, 1)
+        # The rows stay sorted; states and resets follow them there, and final states come back.
+        if sorted_indices is not None:
+            if states is not None:
+                states = tuple(s.index_select(1, sorted_indices) for s in states)
+            if resets is not None:
+                resets = resets.index_select(1, sorted_indices)
+        self._check(data, states, batch_sizes)
+        padded, lengths = pad_packed_sequence(PackedSequence(data, batch_sizes))
+        sequences, final = self._call(padded, states, False, lengths, resets, **options)
+        packed = [
+            PackedSequence(
+                pack_padded_sequence(s, lengths).data, batch_sizes, sorted_indices, unsorted_indices
+            )
+            for s in sequences
+        ]
+        if unsorted_indices is not None:
+            final = tuple(s.index_select(1, unsorted_indices) for s in final)
+        return list(packed), self._pack_states(final)
+
+    def _check(self, input: Tensor, states: States | None, batch_sizes: Tensor | None) -> None:
+        if states is None:
+            self.check_input(input, batch_sizes)
+        else:
+            self.check_forward_args(input, self._pack_states(states), batch_sizes)
+
+    def _call(
+        self,
+        input: Tensor,
+        states: States | None,
+        batch_first: bool,
+        lengths: Tensor | None,
+        resets: Tensor | None,
+        **options: Any,
+    ) -> tuple[list[Tensor], States]:
+        # By name, not from _flat_weights, which parametrizations and functional_call leave behind.
+        weights = [getattr(self, name) for names in self._all_weights for name in names]
+        output, *rest = self._functional(
+            input,
+            None if states is None else self._pack_states(states),
+            weights,
+            self.bias,
+            self.num_layers,
+            self.dropout,
+            self.training,
+            self.bidirectional,
+            batch_first,
+            lengths=lengths,
+            resets=resets,
+            **options,
+        )
+        count = 2 if self.mode == "LSTM" else 1
+        return [output, *rest[count:]], tuple(rest[:count])
+
+
+class RNN(_Layer):
+    r"""Multi-layer simple (Elman) RNN; drop-in for :class:`torch.nn.RNN`.
+
+    .. math:: h_t = \tanh(W_{ih} x_t + b_{ih} + W_{hh} h_{t-1} + b_{hh})
+
+    or with a rectifier in place of tanh (Elman 1990, "Finding structure in time", eq. of section 3).
+
+    Args:
+        input_size: features of each timestep's input.
+        hidden_size: features of the hidden state.
+        num_layers: layers stacked over each other.
+        nonlinearity: ``"tanh"`` or ``"relu"``.
+        bias: whether the layer has ``bias_ih`` and ``bias_hh``.
+        batch_first: input and output are (B, T, features) instead of (T, B, features).
+        dropout: probability of zeroing an element of every layer's output but the last, in training.
+        bidirectional: adds a direction that reads backwards; outputs are concatenated.
+
+    Parameters are named, shaped and initialised as torch.nn's: ``weight_ih_l{k}`` (hidden_size,
+    input), ``weight_hh_l{k}`` (hidden_size, hidden_size), ``bias_ih_l{k}``, ``bias_hh_l{k}``
+    (hidden_size), with ``_reverse`` appended for the second direction.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if "proj_size" in kwargs:
+            raise ValueError(
+                "proj_size argument is only supported for LSTM, not RNN or GRU"
+            )
+        if len(args) > 3:
+            self.nonlinearity = args[3]
+            args = args[:3] + args[4:]
+        else:
+            self.nonlinearity = kwargs.pop("nonlinearity", "tanh")
+        if self.nonlinearity not in ("tanh", "relu"):
+            raise ValueError(
+                f"Unknown nonlinearity '{self.nonlinearity}'. Select from 'tanh' or 'relu'."
+            )
+        super().__init__(f"RNN_{self.nonlinearity.upper()}", *args, **kwargs)
+
+    def _functional(self, *args: Any, **options: Any) -> tuple[Tensor, ...]:
+        return functional.rnn(*args, nonlinearity=self.nonlinearity, **options)
+
+    def forward(  # type: ignore[override]
+        self,
+        input: Tensor | PackedSequence,
+        hx: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+    ) -> tuple[Any, Tensor]:
+        """Runs the layer over a sequence.
+
+        Args:
+            input: (T, B, input_size), (B, T, input_size) with ``batch_first``, (T, input_size)
+                unbatched, or a PackedSequence.
+            hx: initial h (num_layers * D, B, hidden_size), or None for zeros.
+            lengths: (B,) integers in 0..T. Row b stops after lengths[b] steps: outputs beyond are
+                zero, ``h_n`` is the state after its last step, a reverse direction starts there.
+            resets: bool (T, B), or (B, T) with ``batch_first``. Where true the row's state is zeroed
+                before that step, and no gradient crosses; a reverse direction's before it reads it.
+
+        Returns:
+            output (T, B, D * hidden_size), batch first or packed as the input is, and h_n
+            (num_layers * D, B, hidden_size). Unbatched input has no B.
+
+        Raises:
+            ValueError, RuntimeError: as torch.nn does; the message names what was expected.
+        """
+        (output,), h_n = self._run(input, hx, lengths, resets)
+        return output, h_n
+
+
+class GRU(_Layer):
+    r"""Multi-layer gated recurrent unit; drop-in for :class:`torch.nn.GRU`.
+
+    .. math::
+        r &= \sigma(W_{ir} x_t + b_{ir} + W_{hr} h_{t-1} + b_{hr}) \\
+        z &= \sigma(W_{iz} x_t + b_{iz} + W_{hz} h_{t-1} + b_{hz}) \\
+        n &= \tanh(W_{in} x_t + b_{in} + r (W_{hn} h_{t-1} + b_{hn})) \\
+        h_t &= (1 - z) n + z h_{t-1}
+
+    (Cho et al. 2014, arXiv 1406.1078, eq. 5 to 8, with cuDNN's reset after the product.)
+
+    Arguments and parameters as :class:`RNN` without ``nonlinearity``; weights hold the gates in the
+    order r, z, n: ``weight_ih_l{k}`` (3 * hidden_size, input) and so on.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if "proj_size" in kwargs:
+            raise ValueError(
+                "proj_size argument is only supported for LSTM, not RNN or GRU"
+            )
+        super().__init__("GRU", *args, **kwargs)
+
+    def _functional(self, *args: Any, **options: Any) -> tuple[Tensor, ...]:
+        return functional.gru(*args, **options)
+
+    forward = RNN.forward
+
+
+class LSTM(_Layer):
+    r"""Multi-layer long short-term memory; drop-in for :class:`torch.nn.LSTM`.
+
+    .. math::
+        i &= \sigma(W_{ii} x_t + b_{ii} + W_{hi} h_{t-1} + b_{hi}) \\
+        f &= \sigma(W_{if} x_t + b_{if} + W_{hf} h_{t-1} + b_{hf}) \\
+        g &= \tanh(W_{ig} x_t + b_{ig} + W_{hg} h_{t-1} + b_{hg}) \\
+        o &= \sigma(W_{io} x_t + b_{io} + W_{ho} h_{t-1} + b_{ho}) \\
+        c_t &= f c_{t-1} + i g \qquad h_t = o \tanh(c_t)
+
+    (Hochreiter & Schmidhuber 1997; forget gate of Gers et al. 2000. With ``proj_size``, h_t is
+    multiplied by ``weight_hr``, Sak et al. 2014, arXiv 1402.1128.)
+
+    Arguments and parameters as :class:`RNN` without ``nonlinearity``, and ``proj_size``: if above
+    zero, the size h is projected to, with ``weight_hr_l{k}`` (proj_size, hidden_size). Weights hold
+    the gates in the order i, f, g, o: ``weight_ih_l{k}`` (4 * hidden_size, input) and so on.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__("LSTM", *args, **kwargs)
+
+    def _functional(self, *args: Any, **options: Any) -> tuple[Tensor, ...]:
+        return functional.lstm(*args, **options)
+
+    def _unpack_states(self, hx: Any) -> States:
+        h, c = hx
+        return h, c
+
+    def _pack_states(self, states: States) -> Any:
+        return states
+
+    def _check_state_dims(self, states: States, batched: bool) -> None:
+        given = tuple(s.dim() for s in states)
+        if batched and given != (3, 3):
+            raise RuntimeError(
+                "For batched 3-D input, hx and cx should also be 3-D but got "
+                f"({given[0]}-D, {given[1]}-D) tensors"
+            )
+        if not batched and given != (2, 2):
+            raise RuntimeError(
+                "For unbatched 2-D input, hx and cx should also be 2-D but got "
+                f"({given[0]}-D, {given[1]}-D) tensors"
+            )
+
+    get_expected_cell_size = _TorchLSTM.get_expected_cell_size
+    check_forward_args = _TorchLSTM.check_forward_args  # type: ignore[assignment]
+    permute_hidden = _TorchLSTM.permute_hidden  # type: ignore[assignment]
+
+    def forward(  # type: ignore[override]
+        self,
+        input: Tensor | PackedSequence,
+        hx: tuple[Tensor, Tensor] | None = None,
+        *,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+        return_cells: bool = False,
+    ) -> tuple[Any, ...]:
+        """Runs the layer over a sequence.
+
+        Args:
+            input, lengths, resets: as :meth:`RNN.forward`.
+            hx: initial h (num_layers * D, B, proj_size or hidden_size) and c (num_layers * D, B,
+                hidden_size), or None for zeros.
+            return_cells: also return the c of every step of the last layer.
+
+        Returns:
+            output (T, B, D * (proj_size or hidden_size)), (h_n, c_n)[, cells (T, B, D *
+            hidden_size)]; sequences batch first or packed as the input is.
+
+        Raises:
+            ValueError, RuntimeError: as torch.nn does; the message names what was expected.
+        """
+        sequences, states = self._run(input, hx, lengths, resets, return_cells=return_cells)
+        return (sequences[0], states, sequences[1]) if return_cells else (sequences[0], states)
+
+
+class _Cell(RNNCellBase):
+    """What RNNCell, LSTMCell and GRUCell share: one timestep of one layer."""
+
+    def _step(self, cell: str, input: Tensor, states: States | None) -> States:
+        name = self._get_name()
+        if input.dim() not in (1, 2):
+            raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
+        batched = input.dim() == 2
+        if not batched:
+            input = input.unsqueeze(0)
+            states = None if states is None else tuple(s.unsqueeze(0) for s in states)
+        if input.size(1) != self.input_size:
+            raise RuntimeError(
+                f"input has inconsistent input_size: got {input.size(1)} expected {self.input_size}"
+            )
+        for i, state in enumerate(states or ()):
+            if state.size(0) != input.size(0):
+                raise RuntimeError(
+                    f"Input batch size {input.size(0)} doesn't match hidden{i} batch size "
+                    f"{state.size(0)}"
+                )
+            if state.size(1) != self.hidden_size:
+                raise RuntimeError(
+                    f"hidden{i} has inconsistent hidden_size: got {state.size(1)}, "
+                    f"expected {self.hidden_size}"
+                )
+        weights = Weights(self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, None)
+        h, c = (None, None) if states is None else (*states, None)[:2]
+        result = functional.step(cell, input, h, c, weights)
+        return result if batched else tuple(s.squeeze(0) for s in result)
+
+    def _check_state_dim(self, what: str, state: Tensor | None) -> None:
+        if state is not None and state.dim() not in (1, 2):
+            raise ValueError(
+                f"{self._get_name()}: Expected {what} to be 1D or 2D, got {state.dim()}D instead"
+            )
+
+
+class RNNCell(_Cell):
+    """One timestep of a simple RNN; drop-in for :class:`torch.nn.RNNCell`.
+
+    Args:
+        input_size, hidden_size, bias, nonlinearity: as :class:`RNN`.
+    """
+
+    __constants__ = ("input_size", "hidden_size", "bias", "nonlinearity")
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        nonlinearity: str = "tanh",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, num_chunks=1, device=device, dtype=dtype)
+        self.nonlinearity = nonlinearity
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """input (B, input_size) and hx (B, hidden_size), or both without B; returns h' like hx."""
+        if self.nonlinearity not in ("tanh", "relu"):
+            raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
+        self._check_state_dim("hidden", hx)
+        return self._step(f"rnn_{self.nonlinearity}", input, None if hx is None else (hx,))[0]
+
+
+class GRUCell(_Cell):
+    """One timestep of a GRU; drop-in for :class:`torch.nn.GRUCell`.
+
+    Args:
+        input_size, hidden_size, bias: as :class:`GRU`.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype)
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """input (B, input_size) and hx (B, hidden_size), or both without B; returns h' like hx."""
+        self._check_state_dim("hidden", hx)
+        return self._step("gru", input, None if hx is None else (hx,))[0]
+
+
+class LSTMCell(_Cell):
+    """One timestep of an LSTM; drop-in for :class:`torch.nn.LSTMCell`.
+
+    Args:
+        input_size, hidden_size, bias: as :class:`LSTM`.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
+
+    def forward(
+        self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """input (B, input_size), hx = (h, c) of (B, hidden_size), or all without B; returns h', c'."""
+        for i, state in enumerate(hx or ()):
+            self._check_state_dim(f"hx[{i}]", state)
+        h, c = self._step("lstm", input, None if hx is None else tuple(hx))
+        return h, c
+
