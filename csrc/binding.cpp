@@ -3,9 +3,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
+#include <functional>
 #include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -17,8 +20,15 @@
 #include "cells/cells.h"
 #include "cpu/engine.h"
 #include "params.h"
-#ifdef FUSED_RNN_CUDA
+#if defined(FUSED_RNN_CUDA) || defined(FUSED_RNN_CUDA_ON_CPU)
+#define FUSED_RNN_PER_STEP
 #include "cuda/per_step.h"
+#endif
+
+// tests/test_cuda_on_cpu.py builds this file a second time, with the CUDA kernels compiled for the CPU
+// (FUSED_RNN_CUDA_ON_CPU) and another name for the ops.
+#ifndef FUSED_RNN_NAMESPACE
+#define FUSED_RNN_NAMESPACE fused_rnn
 #endif
 
 namespace fused_rnn::binding {
@@ -161,30 +171,86 @@ void on_cpu(const Run& run) {
   const cpu::Host host{
       static_cast<int>(torch::stable::get_num_threads()),
       [](int64_t count, void (*task)(int64_t, int64_t, void*), void* context) {
-        STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, 1, task, context));
+        TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, 1, task, context));
       },
       allocate_scratch, &scratch};
   run(host);
 }
 
-void run(const CellTraits& cell, const ForwardParams& p, const Tensor& like) {
+#ifdef FUSED_RNN_PER_STEP
+// A matrix product on prepared operands: the per_step engine runs the same one at every timestep.
+std::function<void()> prepare_product(const cuda::Product& p, const Tensor& like) {
+  const auto matrix = [&](const void* data, int64_t rows, int64_t columns, bool transposed) {
+    std::vector<int64_t> sizes{p.lanes, rows, columns};
+    std::vector<int64_t> strides{rows * columns, transposed ? 1 : columns, transposed ? rows : 1};
+    if (p.lanes == 1) {
+      sizes.erase(sizes.begin());
+      strides.erase(strides.begin());
+    }
+    return torch::stable::from_blob(const_cast<void*>(data), sizes, strides, like.device(),
+                                    like.scalar_type());
+  };
+  return [op = p.lanes == 1 ? "aten::mm" : "aten::bmm", a = matrix(p.a, p.m, p.k, false),
+          b = matrix(p.b, p.k, p.n, p.transpose_b), out = matrix(p.out, p.m, p.n, false)] {
+    std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
+                                      torch::stable::detail::from(out)};
+    TORCH_ERROR_CODE_CHECK(
+        torch_call_dispatcher(op, "out", stack.data(), TORCH_ABI_VERSION));
+    (void)torch::stable::detail::to<Tensor>(stack[0]);
+  };
+}
+
+template <class Params>
+void run_per_step(const CellTraits& cell, const Params& p, const Tensor& like) {
+  std::vector<Tensor> scratch;
+  void* stream = nullptr;
 #ifdef FUSED_RNN_CUDA
-  if (like.is_cuda()) return cuda::run_per_step(static_cast<int>(cell.index), p, cuda_host(like));
+  const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
 #endif
-  STD_TORCH_CHECK(like.is_cpu(), cell.name, "_forward: this build has no engine for that device");
-  on_cpu([&](const cpu::Host& host) {
-    cpu::active_instruction_set().forward(cpu::CellId(cell.index), p.dtype)(p, host);
-  });
+  const cuda::Host host{stream,
+                        [&](size_t bytes) {
+                          scratch.push_back(torch::stable::empty(
+                              {static_cast<int64_t>(bytes)}, ScalarType::Byte,
+                              torch::headeronly::Layout::Strided, like.device()));
+                          return scratch.back().data_ptr();
+                        },
+                        [&](const cuda::Product& product) { return prepare_product(product, like); }};
+  cuda::run_per_step(cuda::CellId(cell.index), p, host);
+}
+#endif
+
+const cpu::InstructionSet& cpu_engine(const CellTraits& cell, const Tensor& like) {
+  STD_TORCH_CHECK(like.is_cpu(), cell.name,
+                  ": this build of fused_rnn has an engine for the CPU only; build it with a torch "
+                  "that has CUDA, and nvcc");
+  return cpu::active_instruction_set();
+}
+
+// The choice of engine. In the test build per_step serves the CPU as well.
+bool takes_per_step(const Tensor& like) {
+#ifdef FUSED_RNN_CUDA_ON_CPU
+  return like.is_cpu();
+#else
+  return like.is_cuda();
+#endif
+}
+
+void run(const CellTraits& cell, const ForwardParams& p, const Tensor& like) {
+#ifdef FUSED_RNN_PER_STEP
+  if (takes_per_step(like)) return run_per_step(cell, p, like);
+#endif
+  const auto engine = cpu_engine(cell, like).forward(cpu::CellId(cell.index), p.dtype);
+  on_cpu([&](const cpu::Host& host) { engine(p, host); });
 }
 
 void run(const CellTraits& cell, const BackwardParams& p, const Tensor& like) {
-#ifdef FUSED_RNN_CUDA
-  if (like.is_cuda()) return cuda::run_per_step(static_cast<int>(cell.index), p, cuda_host(like));
+#ifdef FUSED_RNN_PER_STEP
+  if (takes_per_step(like)) return run_per_step(cell, p, like);
 #endif
-  STD_TORCH_CHECK(like.is_cpu(), cell.name, "_backward: this build has no engine for that device");
-  on_cpu([&](const cpu::Host& host) {
-    cpu::active_instruction_set().backward(cpu::CellId(cell.index), p.dtype)(p, host);
-  });
+  const auto engine = cpu_engine(cell, like).backward(cpu::CellId(cell.index), p.dtype);
+  on_cpu([&](const cpu::Host& host) { engine(p, host); });
 }
 
 // ---- ops ---------------------------------------------------------------------------------------------
@@ -437,16 +503,24 @@ void implement(Library& library) {
 
 }  // namespace fused_rnn::binding
 
-STABLE_TORCH_LIBRARY(fused_rnn, library) {
+// Through a macro, so that the name is expanded before torch pastes it.
+#define FUSED_RNN_LIBRARY(name, library) STABLE_TORCH_LIBRARY(name, library)
+#define FUSED_RNN_LIBRARY_IMPL(name, key, library) STABLE_TORCH_LIBRARY_IMPL(name, key, library)
+
+FUSED_RNN_LIBRARY(FUSED_RNN_NAMESPACE, library) {
   for (const auto& cell : fused_rnn::binding::cell_traits) {
     library.def((std::string(cell.name) + fused_rnn::binding::forward_schema).c_str());
     library.def((std::string(cell.name) + fused_rnn::binding::backward_schema).c_str());
   }
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fused_rnn, CPU, library) { fused_rnn::binding::implement(library); }
+FUSED_RNN_LIBRARY_IMPL(FUSED_RNN_NAMESPACE, CPU, library) {
+  fused_rnn::binding::implement(library);
+}
 #ifdef FUSED_RNN_CUDA
-STABLE_TORCH_LIBRARY_IMPL(fused_rnn, CUDA, library) { fused_rnn::binding::implement(library); }
+FUSED_RNN_LIBRARY_IMPL(FUSED_RNN_NAMESPACE, CUDA, library) {
+  fused_rnn::binding::implement(library);
+}
 #endif
 
 PYBIND11_MODULE(_C, module) {

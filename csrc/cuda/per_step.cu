@@ -1,0 +1,275 @@
+// The general CUDA engine: any cell, shape and storage type, on any GPU.
+//
+// Per timestep one matrix product (the library's) and one kernel around the cell (step.h), which takes
+// both gate products and does everything else: ragged time, resets, reserve, outputs. With a
+// projection, a product and a kernel more.
+//
+//   forward    hidden_gates (L, B, G*H) = h (L, B, P) W_hh^T       then forward_kernel
+//   backward   d_h (L, B, P) = d_gates (L, B, G*H) W_hh            then backward_kernel
+//
+// A thread owns one hidden unit of one row of one lane: x runs over units, so that every load and
+// store of a warp is contiguous; y over rows, striding; z over lanes. State stays in global memory: h
+// and d_gates in the storage type, as the products' operands; c and the gradients carried from step to
+// step in the compute type. All of it is on one stream, without a word to the host.
+#include "per_step.h"
+
+#include <cstring>
+
+#include "../cells/cells.h"
+#include "../dtype.h"
+#include "../step.h"
+#include "device.cuh"
+
+namespace fused_rnn::cuda {
+namespace {
+
+// Engine state, per lane and row. Absent ones are null.
+template <class S>
+struct ForwardState {
+  S* h;               // (L, B, P)
+  Compute<S>* c;      // (L, B, H)
+  S* unprojected;     // (L, B, H)
+  S* hidden_gates;    // (L, B, G*H): this step's product
+  S* projected;       // (L, B, P): this step's second product
+};
+
+template <class S>
+struct BackwardState {
+  S* d_gates;         // (L, B, G*H)
+  S* product;         // (L, B, P): d_gates W_hh
+  Compute<S>* d_h;    // (L, B, P): passed on to h directly
+  Compute<S>* d_c;    // (L, B, H)
+  S* d_output;        // (L, B, P): whole gradient of the projected h
+  S* d_unprojected;   // (L, B, H): d_output W_hr
+};
+
+template <class T>
+HOST_DEVICE T* at(T* state, int64_t B, int64_t n, int64_t lane, int64_t b) {
+  return state ? state + (lane * B + b) * n : nullptr;
+}
+
+template <class Cell, class S>
+KERNEL void load_initial_kernel(ForwardParams p, ForwardState<S> state) {
+  using V = Compute<S>;
+  const int64_t unit = unit_index(), lane = lane_index();
+  for (int64_t b = row_index(); b < p.B; b += row_stride()) {
+    if (unit < p.P)
+      Memory<V>::store(initial_state<S, V>(p, p.hx, p.h_n, p.P, lane, b, unit, 1),
+                       at(state.h, p.B, p.P, lane, b) + unit, 1);
+    if constexpr (Cell::has_c)
+      if (unit < p.H)
+        at(state.c, p.B, p.H, lane, b)[unit] =
+            initial_state<S, V>(p, p.cx, p.c_n, p.H, lane, b, unit, 1);
+  }
+}
+
+template <class Cell, class S>
+KERNEL void forward_kernel(ForwardParams p, ForwardState<S> state, int64_t step) {
+  using V = Compute<S>;
+  const int64_t unit = unit_index(), lane = lane_index();
+  const int64_t t = time_of_step(p, lane, step);
+  if (unit >= p.H) return;
+  const S* bias = static_cast<const S*>(p.bias_hh);
+  for (int64_t b = row_index(); b < p.B; b += row_stride()) {
+    if (t >= row_length(p, b)) continue;
+    const RowStep row = row_step(p, lane, b, t);
+    V hidden_gates[Cell::gates];
+    const S* product = at(state.hidden_gates, p.B, Cell::gates * p.H, lane, b) + unit;
+    for (int g = 0; g < Cell::gates; ++g) {
+      hidden_gates[g] = Memory<V>::load(product + g * p.H, 1);
+      if (bias)
+        hidden_gates[g] =
+            hidden_gates[g] + Memory<V>::load(bias + (lane * Cell::gates + g) * p.H + unit, 1);
+    }
+    S* h = p.projected ? at(state.unprojected, p.B, p.H, lane, b) : at(state.h, p.B, p.P, lane, b);
+    forward_units<Cell, S>(p, row, unit, 1, hidden_gates, h + unit,
+                           Cell::has_c ? at(state.c, p.B, p.H, lane, b) + unit : nullptr, h + unit);
+  }
+}
+
+template <class S>
+KERNEL void project_kernel(ForwardParams p, ForwardState<S> state, int64_t step) {
+  using V = Compute<S>;
+  const int64_t unit = unit_index(), lane = lane_index();
+  const int64_t t = time_of_step(p, lane, step);
+  if (unit >= p.P) return;
+  for (int64_t b = row_index(); b < p.B; b += row_stride())
+    if (t < row_length(p, b))
+      emit_hidden<S>(p, row_step(p, lane, b, t), unit, 1,
+                     Memory<V>::load(at(state.projected, p.B, p.P, lane, b) + unit, 1),
+                     at(state.h, p.B, p.P, lane, b) + unit);
+}
+
+template <class Cell, class S>
+KERNEL void load_final_kernel(BackwardParams p, BackwardState<S> state) {
+  using V = Compute<S>;
+  const int64_t unit = unit_index(), lane = lane_index();
+  for (int64_t b = row_index(); b < p.B; b += row_stride()) {
+    if (unit < p.P)
+      at(state.d_h, p.B, p.P, lane, b)[unit] = load_or_zero<V>(
+          p.grad_h_n ? state_at<S>(p.grad_h_n, p.B, p.P, lane, b) + unit : nullptr, 1);
+    if constexpr (Cell::has_c)
+      if (unit < p.H)
+        at(state.d_c, p.B, p.H, lane, b)[unit] = load_or_zero<V>(
+            p.grad_c_n ? state_at<S>(p.grad_c_n, p.B, p.H, lane, b) + unit : nullptr, 1);
+  }
+}
+
+template <class Cell, class S>
+HOST_DEVICE void backward_unit(const BackwardParams& p, const BackwardState<S>& state,
+                               const RowStep& row, int64_t unit, Compute<S> d_h) {
+  backward_units<Cell, S>(
+      p, row, unit, 1, d_h, at(state.d_h, p.B, p.P, row.lane, row.b) + unit,
+      Cell::has_c ? at(state.d_c, p.B, p.H, row.lane, row.b) + unit : nullptr,
+      at(state.d_gates, p.B, Cell::gates * p.H, row.lane, row.b) + unit);
+}
+
+// The whole gradient of h_t and, without a projection, the cell's backward.
+template <class Cell, class S>
+KERNEL void backward_kernel(BackwardParams p, BackwardState<S> state, int64_t step) {
+  using V = Compute<S>;
+  const int64_t unit = unit_index(), lane = lane_index();
+  const int64_t t = time_of_step(p, lane, p.T - 1 - step);
+  if (unit >= p.P) return;
+  for (int64_t b = row_index(); b < p.B; b += row_stride()) {
+    if (t >= row_length(p, b)) continue;
+    const RowStep row = row_step(p, lane, b, t);
+    const V d_h = collect_d_hidden<S>(
+        p, row, unit, 1, Memory<V>::load(at(state.product, p.B, p.P, lane, b) + unit, 1),
+        at(state.d_h, p.B, p.P, lane, b) + unit);
+    if (p.projected)
+      Memory<V>::store(d_h, at(state.d_output, p.B, p.P, lane, b) + unit, 1);
+    else
+      backward_unit<Cell>(p, state, row, unit, d_h);
+  }
+}
+
+template <class Cell, class S>
+KERNEL void backward_projected_kernel(BackwardParams p, BackwardState<S> state, int64_t step) {
+  using V = Compute<S>;
+  const int64_t unit = unit_index(), lane = lane_index();
+  const int64_t t = time_of_step(p, lane, p.T - 1 - step);
+  if (unit >= p.H) return;
+  for (int64_t b = row_index(); b < p.B; b += row_stride())
+    if (t < row_length(p, b))
+      backward_unit<Cell>(p, state, row_step(p, lane, b, t), unit,
+                          Memory<V>::load(at(state.d_unprojected, p.B, p.H, lane, b) + unit, 1));
+}
+
+template <class Cell, class S>
+KERNEL void finish_kernel(BackwardParams p, BackwardState<S> state) {
+  using V = Compute<S>;
+  const int64_t unit = unit_index(), lane = lane_index();
+  for (int64_t b = row_index(); b < p.B; b += row_stride()) {
+    if (unit < p.P)
+      Memory<V>::store(Memory<V>::load(at(state.product, p.B, p.P, lane, b) + unit, 1) +
+                           at(state.d_h, p.B, p.P, lane, b)[unit],
+                       state_at<S>(p.d_hx, p.B, p.P, lane, b) + unit, 1);
+    if constexpr (Cell::has_c)
+      if (unit < p.H)
+        Memory<V>::store(at(state.d_c, p.B, p.H, lane, b)[unit],
+                         state_at<S>(p.d_cx, p.B, p.H, lane, b) + unit, 1);
+  }
+}
+
+constexpr unsigned threads_per_block = 128;
+constexpr int64_t max_grid_rows = 65535;
+
+Grid grid_over(const Shape& p, int64_t units) {
+  return {static_cast<unsigned>((units + threads_per_block - 1) / threads_per_block),
+          static_cast<unsigned>(p.B < max_grid_rows ? p.B : max_grid_rows),
+          static_cast<unsigned>(p.L), threads_per_block};
+}
+
+template <class T>
+T* take(const Host& host, int64_t count) {
+  return static_cast<T*>(host.allocate(count * sizeof(T)));
+}
+
+template <class Cell, class S>
+void forward(const ForwardParams& p, const Host& host) {
+  const auto stream = static_cast<Stream>(host.stream);
+  const int64_t rows = p.L * p.B, gate_rows = Cell::gates * p.H;
+  ForwardState<S> state{};
+  state.h = take<S>(host, rows * p.P);
+  state.hidden_gates = take<S>(host, rows * gate_rows);
+  if (Cell::has_c) state.c = take<Compute<S>>(host, rows * p.H);
+  const auto hidden_product = host.prepare(
+      {p.dtype, state.h, p.weight_hh, state.hidden_gates, p.L, p.B, gate_rows, p.P, true});
+  std::function<void()> projection;
+  if (p.projected) {
+    state.unprojected = take<S>(host, rows * p.H);
+    state.projected = take<S>(host, rows * p.P);
+    // Rows that have not begun are multiplied too.
+    set_zero(state.unprojected, rows * p.H * sizeof(S), stream);
+    projection = host.prepare({p.dtype, state.unprojected, p.weight_hr, state.projected, p.L, p.B,
+                               p.P, p.H, true});
+  }
+  launch(load_initial_kernel<Cell, S>, grid_over(p, p.P > p.H ? p.P : p.H), stream, p, state);
+  for (int64_t step = 0; step < p.T; ++step) {
+    hidden_product();
+    launch(forward_kernel<Cell, S>, grid_over(p, p.H), stream, p, state, step);
+    if (p.projected) {
+      projection();
+      launch(project_kernel<S>, grid_over(p, p.P), stream, p, state, step);
+    }
+  }
+}
+
+template <class Cell, class S>
+void backward(const BackwardParams& p, const Host& host) {
+  const auto stream = static_cast<Stream>(host.stream);
+  const int64_t rows = p.L * p.B, gate_rows = Cell::gates * p.H;
+  BackwardState<S> state{};
+  state.d_gates = take<S>(host, rows * gate_rows);
+  state.product = take<S>(host, rows * p.P);
+  state.d_h = take<Compute<S>>(host, rows * p.P);
+  if (Cell::has_c) state.d_c = take<Compute<S>>(host, rows * p.H);
+  const auto hidden_product = host.prepare(
+      {p.dtype, state.d_gates, p.weight_hh, state.product, p.L, p.B, p.P, gate_rows, false});
+  std::function<void()> projection;
+  if (p.projected) {
+    state.d_output = take<S>(host, rows * p.P);
+    state.d_unprojected = take<S>(host, rows * p.H);
+    set_zero(state.d_output, rows * p.P * sizeof(S), stream);
+    projection = host.prepare({p.dtype, state.d_output, p.weight_hr, state.d_unprojected, p.L, p.B,
+                               p.H, p.P, false});
+  }
+  set_zero(state.d_gates, rows * gate_rows * sizeof(S), stream);
+  launch(load_final_kernel<Cell, S>, grid_over(p, p.P > p.H ? p.P : p.H), stream, p, state);
+  for (int64_t step = 0; step < p.T; ++step) {
+    hidden_product();
+    launch(backward_kernel<Cell, S>, grid_over(p, p.P), stream, p, state, step);
+    if (p.projected) {
+      projection();
+      launch(backward_projected_kernel<Cell, S>, grid_over(p, p.H), stream, p, state, step);
+    }
+  }
+  hidden_product();
+  launch(finish_kernel<Cell, S>, grid_over(p, p.P > p.H ? p.P : p.H), stream, p, state);
+}
+
+template <class Params>
+using Engine = void (*)(const Params&, const Host&);
+
+// Tables in the order of cells.h and of DType.
+#define FUSED_RNN_ROW(function, cell) \
+  {function<cell, float>, function<cell, double>, function<cell, BFloat16>, function<cell, Half>},
+#define FUSED_RNN_FORWARD(name, cell) FUSED_RNN_ROW(forward, cell)
+#define FUSED_RNN_BACKWARD(name, cell) FUSED_RNN_ROW(backward, cell)
+
+constexpr Engine<ForwardParams> forward_table[][4] = {FUSED_RNN_FOR_EACH_CELL(FUSED_RNN_FORWARD)};
+constexpr Engine<BackwardParams> backward_table[][4] = {
+    FUSED_RNN_FOR_EACH_CELL(FUSED_RNN_BACKWARD)};
+
+}  // namespace
+
+void run_per_step(CellId cell, const ForwardParams& p, const Host& host) {
+  forward_table[static_cast<int>(cell)][static_cast<int>(p.dtype)](p, host);
+}
+
+void run_per_step(CellId cell, const BackwardParams& p, const Host& host) {
+  backward_table[static_cast<int>(cell)][static_cast<int>(p.dtype)](p, host);
+}
+
+}  // namespace fused_rnn::cuda

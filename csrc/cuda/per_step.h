@@ -1,0 +1,33 @@
+// The per_step engine's face to the binding. No torch here.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+
+#include "../params.h"
+
+namespace fused_rnn::cuda {
+
+// out[l] (m, n) = a[l] (m, k) times b[l] (k, n), or b[l]^T of (n, k); contiguous, storage type.
+struct Product {
+  DType dtype;
+  const void *a, *b;
+  void* out;
+  int64_t lanes, m, n, k;
+  bool transpose_b;
+};
+
+// What the engine asks of its host. Everything happens in order on `stream`.
+struct Host {
+  void* stream;
+  std::function<void*(size_t bytes)> allocate;  // scratch, alive until the op returns
+  std::function<std::function<void()>(const Product&)> prepare;  // a product to run many times
+};
+
+enum class CellId : int;
+
+void run_per_step(CellId cell, const ForwardParams& p, const Host& host);
+void run_per_step(CellId cell, const BackwardParams& p, const Host& host);
+
+}  // namespace fused_rnn::cuda

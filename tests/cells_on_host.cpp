@@ -1,0 +1,73 @@
+// csrc/cells compiled for the host, one unit at a time, in double and in float, behind a C interface
+// (test_cells.py). Numbers cross as double; states are (h, c) pairs. Results are poisoned first, so
+// that a value a cell forgets shows.
+#include <cmath>
+
+#include "cells/cells.h"
+
+namespace {
+
+template <class T, int N>
+struct Values {
+  T v[N > 0 ? N : 1];
+  Values() {
+    for (T& x : v) x = NAN;
+  }
+  explicit Values(const double* from) {
+    for (int i = 0; i < N; ++i) v[i] = static_cast<T>(from[i]);
+  }
+  void copy_to(double* to) const {
+    for (int i = 0; i < N; ++i) to[i] = v[i];
+  }
+};
+
+template <class T>
+fused_rnn::State<T> state(const double* from) {
+  return {static_cast<T>(from[0]), static_cast<T>(from[1])};
+}
+
+template <class T>
+void copy_state(const fused_rnn::State<T>& from, double* to) {
+  to[0] = from.h;
+  to[1] = from.c;
+}
+
+template <class Cell, class T>
+void forward(const double* inputs, const double* hidden, const double* prev, double* next,
+             double* saved) {
+  const Values<T, Cell::gates> input_gates(inputs), hidden_gates(hidden);
+  Values<T, Cell::saved> kept;
+  fused_rnn::State<T> after{NAN, NAN};
+  Cell::forward(input_gates.v, hidden_gates.v, state<T>(prev), after, kept.v);
+  copy_state(after, next);
+  kept.copy_to(saved);
+}
+
+template <class Cell, class T>
+void backward(const double* saved, const double* prev, const double* next, const double* d_next,
+              double* d_inputs, double* d_hidden, double* d_prev) {
+  const Values<T, Cell::saved> kept(saved);
+  Values<T, Cell::gates> d_input_gates, d_hidden_gates;
+  fused_rnn::State<T> d_before{NAN, NAN};
+  Cell::backward(kept.v, state<T>(prev), state<T>(next), state<T>(d_next), d_input_gates.v,
+                 d_hidden_gates.v, d_before);
+  d_input_gates.copy_to(d_inputs);
+  d_hidden_gates.copy_to(d_hidden);
+  copy_state(d_before, d_prev);
+}
+
+}  // namespace
+
+#define FUSED_RNN_EXPORT_AS(name, cell, type)                                                  \
+  extern "C" void name##_forward_##type(const double* i, const double* h, const double* p,     \
+                                        double* n, double* s) {                                \
+    forward<fused_rnn::cell, type>(i, h, p, n, s);                                             \
+  }                                                                                            \
+  extern "C" void name##_backward_##type(const double* s, const double* p, const double* n,    \
+                                         const double* dn, double* di, double* dh, double* dp) { \
+    backward<fused_rnn::cell, type>(s, p, n, dn, di, dh, dp);                                  \
+  }
+#define FUSED_RNN_EXPORT(name, cell)      \
+  FUSED_RNN_EXPORT_AS(name, cell, double) \
+  FUSED_RNN_EXPORT_AS(name, cell, float)
+FUSED_RNN_FOR_EACH_CELL(FUSED_RNN_EXPORT)

@@ -1,0 +1,85 @@
+"""The binary: stable ABI only, what it says of itself, and every CUDA target compiled."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import native
+import pytest
+
+import fused_rnn
+from fused_rnn import _C
+
+TARGETS = {"sm_80": "compute_80", "sm_90a": "compute_90a", "sm_100": "compute_100"}
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="nm is not installed")
+def test_no_cpp_symbol_of_torch_is_needed():
+    """One binary serves torch 2.10 and everything later, so it may use the C shims only."""
+    listing = subprocess.run(
+        ["nm", "-D", "--undefined-only", "-C", _C.__file__], capture_output=True, text=True, check=True
+    ).stdout
+    assert "aoti_torch_" in listing
+    assert not re.findall(r"\b(?:at|c10|torch)::\S*", listing)
+
+
+def test_build_info_and_instruction_sets():
+    assert _C.build_info()["torch_target"] == "2.10"
+    sets = _C.instruction_sets()
+    assert sets["portable"]
+    assert sets[_C.active_instruction_set()]
+
+
+@pytest.mark.parametrize("wanted", ["avx1024", "portable"])
+def test_forcing_an_instruction_set(wanted):
+    """FUSED_RNN_CPU_ISA is obeyed, and an unknown name is an error that lists the known ones."""
+    script = "import fused_rnn._C as c; print(c.active_instruction_set())"
+    environment = {**os.environ, "FUSED_RNN_CPU_ISA": wanted}
+    run = subprocess.run(
+        [sys.executable, "-c", f"import torch; {script}"],
+        env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    if wanted == "portable":
+        assert run.stdout.strip() == "portable", run.stderr
+    else:
+        assert run.returncode != 0
+        assert "avx512, avx2 or portable" in run.stderr
+
+
+def test_version_is_the_package_version():
+    from importlib.metadata import version
+
+    assert version("fused_rnn") == fused_rnn.__version__
+
+
+def nvcc() -> str | None:
+    return os.environ.get("NVCC") or shutil.which("nvcc")
+
+
+@pytest.mark.skipif(nvcc() is None, reason="no nvcc: the CUDA sources are not compiled here")
+@pytest.mark.parametrize("target", TARGETS)
+def test_cuda_kernels_compile_without_spills(target, tmp_path):
+    """Every .cu file for every target; ptxas must report a kernel for each and no spill."""
+    for source in sorted((native.CSRC / "cuda").glob("*.cu")):
+        command = [
+            nvcc(), "-std=c++17", "-O3", "-c", str(source), "-o", str(tmp_path / "kernel.o"),
+            f"-gencode=arch={TARGETS[target]},code={target}", "-Xptxas", "-v",
+        ]  # fmt: skip
+        run = subprocess.run(command, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", run.stderr)
+        kernels = set(re.findall(r"Compiling entry function '(\w+)'", run.stderr))
+        assert len(kernels) > 0
+        assert len(spills) >= len(kernels)
+        assert set(spills) == {("0", "0")}
+
+
+def test_sources_outside_the_binding_know_nothing_of_torch():
+    for path in native.CSRC.rglob("*"):
+        if path.is_file() and path != native.CSRC / "binding.cpp":
+            assert "#include <torch" not in Path(path).read_text(), path
