@@ -49,8 +49,11 @@ def run_layer(
     flat = [tensor for lane in weights for tensor in lane]
     tensors = (input, hx, cx, *flat)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return Layer.apply(cell, want_cells, input, hx, cx, lengths, resets, *flat)[:4]
-    return _forward(cell, want_cells, False, input, hx, cx, lengths, resets, flat)[:4]
+        results = Layer.apply(cell, want_cells, input, hx, cx, lengths, resets, *flat)
+    else:
+        results = _forward(cell, want_cells, False, input, hx, cx, lengths, resets, flat)
+    output, h_n, c_n, cells, *_ = results
+    return output, h_n, c_n, cells
 
 
 def _lanes(flat: FlatWeights) -> list[Weights]:
@@ -171,7 +174,7 @@ class Layer(torch.autograd.Function):
         lanes = _lanes(flat)
         L = len(lanes)
         T, B, I = input.shape  # noqa: E741
-        weight_ih, weight_hh, bias_ih, bias_hh, weight_hr = zip(*lanes, strict=True)
+        weight_ih, weight_hh, _, _, weight_hr = zip(*lanes, strict=True)
         grad_output, grad_h_n, grad_c_n, grad_cells = grad_outputs
         d_input_gates, d_hidden_gates, d_hx, d_cx, d_output = ops.backward_op(ctx.cell)(
             grad_output, grad_h_n, grad_c_n, grad_cells, output, reserve, cells, hx, cx,
@@ -229,13 +232,11 @@ class Layer(torch.autograd.Function):
 def _differentiable_backward(
     ctx: FunctionCtx, grads: Sequence[Tensor | None], tensors: Sequence[Tensor | None]
 ) -> tuple[Any, ...]:
-    """The gradient under ``create_graph=True``: through the reference loop, which has one itself."""
+    """The gradient under ``create_graph=True``: through the reference, which has one itself."""
     with torch.enable_grad():
         # Aliases, so that the gradient stops at this layer's inputs even where one of them was
         # computed from another.
-        aliases = [
-            t.view_as(t) if t is not None and t.is_floating_point() else t for t in tensors
-        ]
+        aliases = [t.view_as(t) if t is not None and t.is_floating_point() else t for t in tensors]
         input, hx, cx, lengths, resets, *flat = aliases
         assert input is not None
         lanes = _lanes(flat)

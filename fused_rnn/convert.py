@@ -30,12 +30,12 @@ def convert(model: M) -> M:
 
     The twins share the Parameter objects, so optimizers, tied weights and state_dicts stay valid;
     buffers, hooks, parametrizations, training mode and attributes come along. A subclass keeps its
-    own methods, and what it inherits becomes fused. A layer that several parents hold is replaced by
-    one twin in all of them.
+    own methods, and what it inherits becomes fused. A layer that several parents hold is replaced
+    by one twin in all of them.
 
     Args:
-        model: any module. Only references held as submodules are replaced; a layer that is also kept
-            elsewhere (in a plain list, say) stays torch.nn's there.
+        model: any module. Only references held as submodules are replaced; a layer that is also
+            kept elsewhere (in a plain list, say) stays torch.nn's there.
 
     Returns:
         The model; a bare layer returns its twin and is left as it was.
@@ -65,7 +65,7 @@ def _torch_layer(cls: type) -> type[nn.Module] | None:
 
 def _twin(module: nn.Module) -> nn.Module:
     cls = type(module)
-    fused = _fused_class(cls)
+    fused = _fused_class(cls)  # type: ignore[arg-type]
     result = fused.__new__(fused)
     # Containers are copied and what they hold is shared, as in copy.copy of each.
     result.__dict__.update(
@@ -95,7 +95,7 @@ def _reduce(self: Any) -> tuple[Any, ...]:
 
 
 def _rebuild(cls: type[nn.Module]) -> nn.Module:
-    fused = _fused_class(cls)
+    fused = _fused_class(cls)  # type: ignore[arg-type]
     return fused.__new__(fused)
 
 

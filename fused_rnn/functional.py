@@ -1,4 +1,4 @@
-"""Functional forms of the layers, in the manner of ``torch.lstm``, ``torch.gru`` and ``torch.rnn_tanh``.
+"""Functional forms of the layers, in the manner of ``torch.lstm`` and ``torch.gru``.
 
 All of them take time-major input unless ``batch_first``, and the weights as one flat list in
 torch.nn's order: for each layer and direction weight_ih, weight_hh, then bias_ih and bias_hh if

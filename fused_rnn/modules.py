@@ -148,7 +148,7 @@ class RNN(_Layer):
 
     .. math:: h_t = \tanh(W_{ih} x_t + b_{ih} + W_{hh} h_{t-1} + b_{hh})
 
-    or with a rectifier in place of tanh (Elman 1990, "Finding structure in time", eq. of section 3).
+    or with a rectifier in place of tanh (Elman 1990, "Finding structure in time").
 
     Args:
         input_size: features of each timestep's input.
@@ -157,7 +157,7 @@ class RNN(_Layer):
         nonlinearity: ``"tanh"`` or ``"relu"``.
         bias: whether the layer has ``bias_ih`` and ``bias_hh``.
         batch_first: input and output are (B, T, features) instead of (T, B, features).
-        dropout: probability of zeroing an element of every layer's output but the last, in training.
+        dropout: probability of zeroing an element between layers, in training.
         bidirectional: adds a direction that reads backwards; outputs are concatenated.
 
     Parameters are named, shaped and initialised as torch.nn's: ``weight_ih_l{k}`` (hidden_size,
@@ -167,9 +167,7 @@ class RNN(_Layer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if "proj_size" in kwargs:
-            raise ValueError(
-                "proj_size argument is only supported for LSTM, not RNN or GRU"
-            )
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
         if len(args) > 3:
             self.nonlinearity = args[3]
             args = args[:3] + args[4:]
@@ -200,8 +198,9 @@ class RNN(_Layer):
             hx: initial h (num_layers * D, B, hidden_size), or None for zeros.
             lengths: (B,) integers in 0..T. Row b stops after lengths[b] steps: outputs beyond are
                 zero, ``h_n`` is the state after its last step, a reverse direction starts there.
-            resets: bool (T, B), or (B, T) with ``batch_first``. Where true the row's state is zeroed
-                before that step, and no gradient crosses; a reverse direction's before it reads it.
+            resets: bool (T, B), or (B, T) with ``batch_first``. Where true the row's state is
+                zeroed before that step, and no gradient crosses; in a reverse direction, before it
+                reads that step.
 
         Returns:
             output (T, B, D * hidden_size), batch first or packed as the input is, and h_n
@@ -231,9 +230,7 @@ class GRU(_Layer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if "proj_size" in kwargs:
-            raise ValueError(
-                "proj_size argument is only supported for LSTM, not RNN or GRU"
-            )
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
         super().__init__("GRU", *args, **kwargs)
 
     def _functional(self, *args: Any, **options: Any) -> tuple[Tensor, ...]:
@@ -363,7 +360,7 @@ class RNNCell(_Cell):
         input_size, hidden_size, bias, nonlinearity: as :class:`RNN`.
     """
 
-    __constants__ = ("input_size", "hidden_size", "bias", "nonlinearity")
+    __constants__ = [*RNNCellBase.__constants__, "nonlinearity"]  # noqa: RUF012
 
     def __init__(
         self,
@@ -428,9 +425,8 @@ class LSTMCell(_Cell):
     def forward(
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """input (B, input_size), hx = (h, c) of (B, hidden_size), or all without B; returns h', c'."""
+        """input (B, input_size), hx = (h, c) of (B, hidden_size), or none with B; returns h, c."""
         for i, state in enumerate(hx or ()):
             self._check_state_dim(f"hx[{i}]", state)
         h, c = self._step("lstm", input, None if hx is None else tuple(hx))
         return h, c
-

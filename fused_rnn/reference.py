@@ -133,13 +133,11 @@ def layer(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Runs one layer: one direction per entry of ``weights``, the second backwards in time.
 
-    Takes hx (D, B, P) and cx (D, B, H); returns output (T, B, D, P), h_n (D, B, P), and for lstm c_n
-    (D, B, H) and cells (T, B, D, H), else None.
+    Takes hx (D, B, P) and cx (D, B, H); returns output (T, B, D, P), h_n (D, B, P), and for lstm
+    c_n (D, B, H) and cells (T, B, D, H), else None.
     """
     results = [
-        direction(
-            cell, input, hx[d], None if cx is None else cx[d], w, d == 1, lengths, resets
-        )
+        direction(cell, input, hx[d], None if cx is None else cx[d], w, d == 1, lengths, resets)
         for d, w in enumerate(weights)
     ]
     outputs, h_n, c_n, cells = zip(*results, strict=True)
@@ -160,8 +158,9 @@ def stacked(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Runs layers over each other, as torch.nn without dropout.
 
-    ``weights[k]`` are the directions of layer k; hx is (layers*D, B, P), cx (layers*D, B, H). Returns
-    output (T, B, D*P), h_n, and for lstm c_n and the last layer's cells (T, B, D*H), else None.
+    ``weights[k]`` are the directions of layer k; hx is (layers*D, B, P), cx (layers*D, B, H).
+    Returns output (T, B, D*P), h_n, and for lstm c_n and the last layer's cells (T, B, D*H), else
+    None.
     """
     D = len(weights[0])
     h_n, c_n = [], []

@@ -21,9 +21,8 @@ TARGETS = {"sm_80": "compute_80", "sm_90a": "compute_90a", "sm_100": "compute_10
 @pytest.mark.skipif(shutil.which("nm") is None, reason="nm is not installed")
 def test_no_cpp_symbol_of_torch_is_needed():
     """One binary serves torch 2.10 and everything later, so it may use the C shims only."""
-    listing = subprocess.run(
-        ["nm", "-D", "--undefined-only", "-C", _C.__file__], capture_output=True, text=True, check=True
-    ).stdout
+    command = ["nm", "-D", "--undefined-only", "-C", _C.__file__]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "aoti_torch_" in listing
     assert not re.findall(r"\b(?:at|c10|torch)::\S*", listing)
 

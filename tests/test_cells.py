@@ -44,7 +44,7 @@ TOLERANCE = {"double": 1e-14, "float": 4e-6}  # the reference runs in double
 
 
 def errors(library: ctypes.CDLL, cell: str, scalar: str) -> float:
-    """The largest deviation of a cell's values and gradients from the reference and its autograd."""
+    """The largest deviation of a cell's values and gradients from the reference's."""
     traits = ops.CELLS[cell]
     generator = torch.Generator().manual_seed(3)
     worst = 0.0
@@ -123,8 +123,8 @@ def survives(mutant: tuple[str, int], folder: Path) -> bool:
         end += 1
     if lines[number].count("{") > lines[number].count("}"):  # `for (...) {`
         return False
-    one_line_function = re.match(r"(HOST_DEVICE .*\{).*(\})$", lines[number].strip())
-    lines[number : end + 1] = [one_line_function[1] + one_line_function[2]] if one_line_function else []
+    one_line_function = re.match(r"(HOST_DEVICE .*\{).*\}$", lines[number].strip())
+    lines[number : end + 1] = [one_line_function[1] + "}"] if one_line_function else []
     path.write_text("\n".join(lines) + "\n")
     output = csrc / "cells.so"
     command = [*compile_command(csrc, output), "-w"]

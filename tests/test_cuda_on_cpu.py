@@ -1,8 +1,8 @@
 """The CUDA per_step engine, its own source compiled for the CPU, against the reference.
 
 ``csrc/cuda/device.cuh`` has a host twin of everything that kernels use. Here the unmodified ``.cu``
-file and the binding are built as C++, the ops registered under another name, and every configuration
-is run through them: kernels, the engine's loop and the binding that serves it.
+file and the binding are built as C++, the ops registered under another name, and every
+configuration is run through them: kernels, the engine's loop and the binding that serves it.
 """
 
 from __future__ import annotations
