@@ -165,7 +165,9 @@ class Layer(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         output, cells, reserve, unprojected, *tensors = ctx.saved_tensors
         input, hx, cx, lengths, resets, *flat = tensors
-        grad_outputs = grads[:4]
+        # Compiled graphs hand over gradients even for outputs marked as having none.
+        has_c = ops.CELLS[ctx.cell].has_c
+        grad_outputs = grads[:4] if has_c else (*grads[:2], None, None)
         if all(grad is None for grad in grad_outputs):
             return (None,) * len(ctx.needs_input_grad)
         if torch.is_grad_enabled():

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from . import modules
 
@@ -44,7 +45,7 @@ def convert(model: M) -> M:
 
     def twin(module: nn.Module) -> nn.Module:
         if module not in twins:
-            twins[module] = _twin(module)
+            twins[module] = _twin(module, replaces=module is not model)
         return twins[module]
 
     if _torch_layer(type(model)) is not None:
@@ -63,17 +64,23 @@ def _torch_layer(cls: type) -> type[nn.Module] | None:
     return next((base for base in cls.__mro__ if base in _FUSED), None)
 
 
-def _twin(module: nn.Module) -> nn.Module:
+def _twin(module: nn.Module, replaces: bool) -> nn.Module:
     cls = type(module)
-    fused = _fused_class(cls)  # type: ignore[arg-type]
-    result = fused.__new__(fused)
-    # Containers are copied and what they hold is shared, as in copy.copy of each.
-    result.__dict__.update(
-        {
-            key: value.copy() if isinstance(value, (dict, list)) else value
-            for key, value in module.__dict__.items()
+    fused: type[nn.Module]
+    if parametrize.is_parametrized(module):
+        # torch gave this module a class of its own, which holds its properties; so does its twin.
+        own: dict[str, Any] = {
+            k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")
         }
-    )
+        fused = type(cls.__name__, (_fused_class(cls.__bases__[0]),), own)  # type: ignore[arg-type]
+    else:
+        fused = _fused_class(cls)  # type: ignore[arg-type]
+    result = fused.__new__(fused)
+    for key, value in module.__dict__.items():
+        # Containers are copied and what they hold is shared, as in copy.copy of each; but a twin
+        # that takes the module's place takes over its hooks: their handles know only these dicts.
+        copied = isinstance(value, (dict, list)) and not (replaces and key.endswith("_hooks"))
+        result.__dict__[key] = value.copy() if copied else value
     return result
 
 
@@ -91,7 +98,8 @@ def _fused_class(cls: type[nn.Module]) -> type[nn.Module]:
 
 
 def _reduce(self: Any) -> tuple[Any, ...]:
-    return _rebuild, (self._converted_from,), self.__getstate__()
+    get_state = getattr(self, "__getstate__", None)  # Python 3.10's object has none
+    return _rebuild, (self._converted_from,), self.__dict__ if get_state is None else get_state()
 
 
 def _rebuild(cls: type[nn.Module]) -> nn.Module:

@@ -8,6 +8,7 @@ torch.nn's order: for each layer and direction weight_ih, weight_hh, then bias_i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -121,10 +122,13 @@ def step(
     """
     hx = None if h is None else h.unsqueeze(0)
     cx = None if c is None else c.unsqueeze(0)
+    given = (input if h is None else h).dtype
     input, hx, cx, layers = _autocast(input.unsqueeze(0), hx, cx, [[weights]])
     _check_weights(cell, input, layers)
     _check_states(cell, hx, cx, layers, input.shape[1])
     _, h_n, c_n, _ = run_layer(cell, input, hx, cx, layers[0])
+    if input.device.type == "cpu" and cell in ("gru", "lstm"):
+        h_n, c_n = h_n.to(given), c_n.to(given)  # as in _run
     return (h_n[0], c_n[0]) if ops.CELLS[cell].has_c else (h_n[0],)
 
 
@@ -148,11 +152,10 @@ def _run(
     if input.dim() != 3:
         raise RuntimeError(f"input must have 3 dimensions, got {input.dim()}")
     layers = unflatten_weights(params, has_biases, num_layers, 2 if bidirectional else 1)
+    given = (input if hx is None else hx).dtype
     input, hx, cx, layers = _autocast(input, hx, cx, layers)
     if batch_first:
         input = input.transpose(0, 1)
-        if resets is not None:
-            resets = resets.transpose(0, 1) if resets.dim() == 2 else resets
     T, B, _ = input.shape
     if T == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
@@ -187,9 +190,13 @@ def _run(
     if batch_first:
         result = result.transpose(0, 1)
         cells = cells.transpose(0, 1) if return_cells else cells
-    if num_layers == 1:
-        return result, h_n[0], c_n[0], cells
-    return result, torch.cat(h_n), torch.cat(c_n), cells
+    final_h = h_n[0] if num_layers == 1 else torch.cat(h_n)
+    final_c = c_n[0] if num_layers == 1 else torch.cat(c_n)
+    if input.device.type == "cpu" and cell == "gru":
+        # Under autocast on the CPU torch.nn's GRU (and its GRUCell and LSTMCell) end in ops that
+        # autocast leaves alone, so that their results have the dtype of the states given.
+        result, final_h = result.to(given), final_h.to(given)
+    return result, final_h, final_c, cells
 
 
 def unflatten_weights(
@@ -218,7 +225,7 @@ def _autocast(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, list[list[Weights]]]:
     """Casts float arguments as torch.autocast does for its lower-precision ops."""
     device = input.device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return input, hx, cx, layers
     dtype = torch.get_autocast_dtype(device)
 
@@ -237,28 +244,21 @@ def _check_weights(cell: str, input: Tensor, layers: list[list[Weights]]) -> Non
     H = layers[0][0].weight_hh.shape[0] // gates
     projection = layers[0][0].weight_hr
     P = H if projection is None else projection.shape[0]
+    dtype, device = input.dtype, input.device
     for k, lanes in enumerate(layers):
         width = input.shape[2] if k == 0 else P * len(lanes)
-        expected = Weights((gates * H, width), (gates * H, P), (gates * H,), (gates * H,), (P, H))  # type: ignore[arg-type]
+        expected = ((gates * H, width), (gates * H, P), (gates * H,), (gates * H,), (P, H))
         for direction, lane in enumerate(lanes):
             for name, tensor, shape in zip(Weights._fields, lane, expected, strict=True):
                 if tensor is None:
                     continue
-                suffix = f"_l{k}" + ("_reverse" if direction else "")
-                if tuple(tensor.shape) != shape:
-                    raise RuntimeError(
-                        f"Expected {name}{suffix} of shape {shape}, got {tuple(tensor.shape)}"
-                    )
-                if tensor.dtype != input.dtype:
-                    raise RuntimeError(
-                        f"Expected {name}{suffix} of input's dtype {input.dtype}, "
-                        f"got {tensor.dtype}"
-                    )
-                if tensor.device != input.device:
-                    raise RuntimeError(
-                        f"Expected {name}{suffix} on input's device {input.device}, "
-                        f"got {tensor.device}"
-                    )
+                if tensor.shape == shape and tensor.dtype == dtype and tensor.device == device:
+                    continue
+                raise RuntimeError(
+                    f"Expected {name}_l{k}{'_reverse' if direction else ''} of shape {shape} in "
+                    f"input's dtype {dtype} on its device {device}, got {tuple(tensor.shape)} in "
+                    f"{tensor.dtype} on {tensor.device}"
+                )
 
 
 def _check_states(
@@ -280,6 +280,16 @@ def _check_states(
                 raise RuntimeError(f"Expected {name} of the weights' {what} {wanted}, got {given}")
 
 
+def expect_tensor(name: str, value: Any, shape: tuple[int, ...], like: Tensor) -> None:
+    """Refuses what is not a tensor of this shape, or has no data where ``like`` has."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} should be a tensor, got {type(value).__name__}")
+    if tuple(value.shape) != shape:
+        raise RuntimeError(f"Expected {name} of shape {shape}, got {tuple(value.shape)}")
+    if value.is_meta and not like.is_meta:
+        raise RuntimeError(f"Expected {name} on a device with data like {like.device}, got meta")
+
+
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -287,13 +297,10 @@ def _check_lengths(lengths: Tensor | None, input: Tensor) -> Tensor | None:
     if lengths is None:
         return None
     T, B, _ = input.shape
-    if not isinstance(lengths, Tensor):
-        raise TypeError(f"lengths should be an integer tensor, got {type(lengths).__name__}")
+    expect_tensor("lengths", lengths, (B,), input)
     if lengths.dtype not in _INTEGERS:
         raise RuntimeError(f"Expected lengths of an integer dtype, got {lengths.dtype}")
-    if tuple(lengths.shape) != (B,):
-        raise RuntimeError(f"Expected lengths of shape ({B},), got {tuple(lengths.shape)}")
-    if input.device.type != "cpu":
+    if input.device.type not in ("cpu", "meta"):
         # The CPU op checks the range itself; elsewhere it must not wait for the device.
         inside = ((lengths >= 0) & (lengths <= T)).all()
         message = f"Expected lengths within 0..{T} (the timesteps of input)"
@@ -305,16 +312,12 @@ def _check_lengths(lengths: Tensor | None, input: Tensor) -> Tensor | None:
 
 
 def _check_resets(resets: Tensor | None, input: Tensor, batch_first: bool) -> Tensor | None:
+    """Time-major resets on input's device."""
     if resets is None:
         return None
     T, B, _ = input.shape
-    if not isinstance(resets, Tensor):
-        raise TypeError(f"resets should be a bool tensor, got {type(resets).__name__}")
+    expect_tensor("resets", resets, (B, T) if batch_first else (T, B), input)
     if resets.dtype != torch.bool:
         raise RuntimeError(f"Expected resets of dtype torch.bool, got {resets.dtype}")
-    if tuple(resets.shape) != (T, B):
-        expected, given = (T, B), tuple(resets.shape)
-        if batch_first:
-            expected, given = expected[::-1], given[::-1]
-        raise RuntimeError(f"Expected resets of shape {expected}, got {given}")
-    return resets.to(device=input.device, non_blocking=True)
+    resets = resets.to(device=input.device, non_blocking=True)
+    return resets.transpose(0, 1) if batch_first else resets

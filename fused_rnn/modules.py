@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.rnn import RNNBase, RNNCellBase
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
@@ -65,10 +66,13 @@ class _Layer(RNNBase):
             self._check_state_dims(states, batched)
         if not batched:
             batch_dim = 0 if self.batch_first else 1
+            if isinstance(lengths, Tensor) and lengths.dim() == 0:
+                lengths = lengths.unsqueeze(0)
+            if resets is not None:
+                functional.expect_tensor("resets", resets, (input.size(0),), input)
+                resets = resets.unsqueeze(batch_dim)
             input = input.unsqueeze(batch_dim)
             states = None if states is None else tuple(s.unsqueeze(1) for s in states)
-            lengths = None if lengths is None else lengths.reshape(1)
-            resets = None if resets is None else resets.unsqueeze(batch_dim)
         self._check(input, states, None)
         sequences, final = self._call(input, states, self.batch_first, lengths, resets, **options)
         if not batched:
@@ -87,8 +91,11 @@ class _Layer(RNNBase):
         data, batch_sizes, sorted_indices, unsorted_indices = input
         if lengths is not None:
             raise ValueError("lengths: a PackedSequence brings its own, expected None")
-        if resets is not None and self.batch_first:
-            resets = resets.transpose(0, 1)
+        if resets is not None:
+            shape = (len(batch_sizes), int(batch_sizes[0]))
+            expected = shape[::-1] if self.batch_first else shape
+            functional.expect_tensor("resets", resets, expected, data)
+            resets = resets.transpose(0, 1) if self.batch_first else resets
         # The rows stay sorted; states and resets follow them there, and final states come back.
         if sorted_indices is not None:
             if states is not None:
@@ -107,6 +114,24 @@ class _Layer(RNNBase):
         if unsorted_indices is not None:
             final = tuple(s.index_select(1, unsorted_indices) for s in final)
         return list(packed), self._pack_states(final)
+
+    def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
+        # As torch.nn's, which asks _flat_weights for the dtype; functional_call leaves that behind.
+        weight = self._parameters.get(self._flat_weights_names[0])
+        dtype = (self._flat_weights[0] if weight is None else weight).dtype
+        if input.dtype != dtype and not torch._C._is_any_autocast_enabled():
+            raise ValueError(
+                f"RNN input dtype ({input.dtype}) does not match weight dtype ({dtype}). Convert "
+                f"input: input.to({dtype}), or convert model: model.to({input.dtype})"
+            )
+        dims = 3 if batch_sizes is None else 2
+        if input.dim() != dims:
+            raise RuntimeError(f"input must have {dims} dimensions, got {input.dim()}")
+        if self.input_size != input.size(-1):
+            raise RuntimeError(
+                "input.size(-1) must be equal to input_size. "
+                f"Expected {self.input_size}, got {input.size(-1)}"
+            )
 
     def _check(self, input: Tensor, states: States | None, batch_sizes: Tensor | None) -> None:
         if states is None:
@@ -264,8 +289,7 @@ class LSTM(_Layer):
         return functional.lstm(*args, **options)
 
     def _unpack_states(self, hx: Any) -> States:
-        h, c = hx
-        return h, c
+        return _pair("LSTM", hx)
 
     def _pack_states(self, states: States) -> Any:
         return states
@@ -313,6 +337,14 @@ class LSTM(_Layer):
         """
         sequences, states = self._run(input, hx, lengths, resets, return_cells=return_cells)
         return (sequences[0], states, sequences[1]) if return_cells else (sequences[0], states)
+
+
+def _pair(name: str, hx: Any) -> States:
+    if isinstance(hx, Tensor):
+        raise TypeError(f"{name}: Expected hx to be a pair of tensors (h, c), got a tensor")
+    if len(hx) != 2:
+        raise RuntimeError(f"{name}: Expected hx to be a pair of tensors (h, c), got {len(hx)}")
+    return tuple(hx)
 
 
 class _Cell(RNNCellBase):
@@ -426,7 +458,8 @@ class LSTMCell(_Cell):
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         """input (B, input_size), hx = (h, c) of (B, hidden_size), or none with B; returns h, c."""
-        for i, state in enumerate(hx or ()):
+        states = None if hx is None else _pair("LSTMCell", hx)
+        for i, state in enumerate(states or ()):
             self._check_state_dim(f"hx[{i}]", state)
-        h, c = self._step("lstm", input, None if hx is None else tuple(hx))
+        h, c = self._step("lstm", input, states)
         return h, c

@@ -1,0 +1,612 @@
+"""convert() and patch(): fused layers wherever a model keeps torch.nn's."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import sys
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize
+
+import fused_rnn
+from fused_rnn import convert, patch
+
+NAMES = ["RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell"]
+TORCH = {name: getattr(nn, name) for name in NAMES}
+FUSED = {name: getattr(fused_rnn, name) for name in NAMES}
+
+every = pytest.mark.parametrize("name", NAMES)
+CLOSE = {"rtol": 1e-9, "atol": 1e-11}
+
+
+def data(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def input_for(name):
+    return data(2, 4) if name.endswith("Cell") else data(5, 2, 4)
+
+
+def flat(result):
+    return [result] if isinstance(result, torch.Tensor) else [t for r in result for t in flat(r)]
+
+
+def value_and_gradients(model, *args):
+    outputs = flat(model(*args))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    loss = sum(t.square().sum() for t in outputs)
+    grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return outputs, {i: grad for i, grad in enumerate(grads) if grad is not None}
+
+
+def assert_converts(model, *args, expected=None):
+    """Converts in place; same outputs, gradients, state_dict keys and Parameter objects."""
+    before = value_and_gradients(model, *args)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    keys = list(model.state_dict())
+    shown = repr(model)
+    converted = convert(model)
+    torch.testing.assert_close(value_and_gradients(converted, *args), before, **CLOSE)
+    after = dict(converted.named_parameters(remove_duplicate=False))
+    assert list(after) == list(parameters)
+    assert all(after[key] is parameters[key] for key in parameters)
+    assert list(converted.state_dict()) == keys
+    assert repr(converted) == shown
+    assert not remaining(converted)
+    return converted
+
+
+def remaining(model):
+    """Layers of the model that still run torch.nn's code."""
+    theirs, ours = tuple(TORCH.values()), tuple(FUSED.values())
+    return [m for m in model.modules() if isinstance(m, theirs) and not isinstance(m, ours)]
+
+
+class Tagger(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Linear(4, 4)
+        self.encoders = nn.ModuleList([nn.LSTM(4, 3, bidirectional=True), nn.GRU(6, 3)])
+        self.heads = nn.ModuleDict({"a": nn.RNN(3, 2, nonlinearity="relu"), "b": nn.Linear(3, 2)})
+        self.nested = nn.Sequential(nn.Sequential(nn.Identity(), nn.GRU(3, 5)))
+        self.cell = nn.LSTMCell(3, 4)
+        self.missing = None
+        self.register_module("absent", None)
+        self.register_buffer("scale", torch.tensor(0.5))
+
+    def forward(self, x):
+        x = self.embed(x) * self.scale
+        for encoder in self.encoders:
+            x, _ = encoder(x)
+        h, c = None, None
+        for step in x:
+            h, c = self.cell(step, None if h is None else (h, c))
+        return self.heads["a"](x)[0], self.nested(x)[0], h, c
+
+
+class Plain(nn.LSTM):
+    """A subclass that changes nothing."""
+
+
+class Residual(nn.GRU):
+    """Overrides forward and asks super."""
+
+    def forward(self, input, hx=None):
+        output, h_n = super().forward(input, hx)
+        return output + input[..., : self.hidden_size], h_n
+
+
+class Configured(nn.LSTM):
+    """Overrides __init__, keeps attributes, adds parameters and a method of its own."""
+
+    def __init__(self, width, *, depth=1):
+        super().__init__(width, 3, num_layers=depth)
+        self.scale = nn.Parameter(torch.full((), 2.0))
+        self.notes = ["made", width]
+
+    def doubled(self, x):
+        return self(x)[0] * self.scale
+
+    def extra_repr(self):
+        return f"configured, {super().extra_repr()}"
+
+
+class Grandchild(Configured):
+    def forward(self, input, hx=None):
+        output, states = super().forward(input, hx)
+        return output * self.scale, states
+
+
+class GatedCell(nn.GRUCell):
+    def forward(self, input, hx=None):
+        return super().forward(input, hx).tanh()
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return weight * 2
+
+
+def test_model_with_layers_in_odd_places():
+    torch.manual_seed(0)
+    model = assert_converts(Tagger().double(), data(5, 2, 4))
+    assert type(model.encoders[0]) is fused_rnn.LSTM
+    assert type(model.encoders[1]) is fused_rnn.GRU
+    assert type(model.heads["a"]) is fused_rnn.RNN
+    assert type(model.nested[0][1]) is fused_rnn.GRU
+    assert type(model.cell) is fused_rnn.LSTMCell
+    assert model.absent is None
+    assert type(model.heads["b"]) is nn.Linear
+
+
+def test_returns_the_model_itself():
+    model = Tagger()
+    assert convert(model) is model
+
+
+@every
+def test_bare_layer(name):
+    layer = TORCH[name](4, 3, dtype=torch.float64)
+    layer.remark = ["kept"]
+    attributes = dict(layer.__dict__)
+    twin = assert_converts(layer, input_for(name))
+    assert type(twin) is FUSED[name]
+    assert twin is not layer
+    assert type(layer) is TORCH[name]
+    assert layer.__dict__ == attributes
+    assert twin.remark == ["kept"]
+    twin.extra = nn.Linear(2, 2)
+    twin.register_forward_hook(lambda *_: None)
+    assert not hasattr(layer, "extra")
+    assert not layer._forward_hooks
+
+
+@every
+def test_cell_or_layer_inside(name):
+    model = nn.Sequential(nn.Linear(4, 4), TORCH[name](4, 3)).double()
+    assert_converts(model, input_for(name))
+
+
+def test_every_option_comes_along():
+    layer = nn.LSTM(4, 3, 2, bias=False, batch_first=True, dropout=0.5, bidirectional=True,
+                    proj_size=2).double().eval()  # fmt: skip
+    twin = assert_converts(layer, data(2, 5, 4))
+    assert not twin.training
+    relu = nn.RNN(4, 3, nonlinearity="relu", dtype=torch.float64)
+    assert assert_converts(relu, data(5, 2, 4)).nonlinearity == "relu"
+
+
+class Shared(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.left = nn.Sequential(nn.LSTM(4, 4))
+        self.right = nn.ModuleDict({"again": self.left[0]})
+        self.also = self.left[0]
+
+    def forward(self, x):
+        return self.right["again"](self.left(x)[0])[0] + self.also(x)[0]
+
+
+def test_shared_layer_gets_one_twin():
+    model = assert_converts(Shared().double(), data(5, 2, 4))
+    assert model.left[0] is model.right["again"] is model.also
+    assert type(model.also) is fused_rnn.LSTM
+    assert len(list(model.parameters())) == 4
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.GRU(3, 3), nn.GRU(3, 3)
+        self.b.weight_hh_l0 = self.a.weight_hh_l0
+
+    def forward(self, x):
+        return self.b(self.a(x)[0])[0]
+
+
+def test_tied_parameter_stays_tied():
+    model = Tied().double()
+    model.b.weight_hh_l0 = model.a.weight_hh_l0
+    model = assert_converts(model, data(5, 2, 3))
+    assert model.a.weight_hh_l0 is model.b.weight_hh_l0
+    assert model.b._flat_weights[1] is model.a.weight_hh_l0
+    assert len(list(model.parameters())) == 7
+
+
+@pytest.mark.parametrize("cls", [Plain, Residual, Configured, Grandchild, GatedCell])
+def test_subclass(cls):
+    torch.manual_seed(0)
+    layer = cls(4) if issubclass(cls, Configured) else cls(4, 3)
+    layer = layer.double()
+    x = data(2, 4) if cls is GatedCell else data(5, 2, 4)
+    twin = assert_converts(layer, x)
+    assert isinstance(twin, cls)
+    assert isinstance(twin, tuple(FUSED.values()))
+    assert type(twin).__name__ == cls.__name__
+    assert type(layer) is cls
+    if issubclass(cls, Configured):
+        assert twin.notes == ["made", 4]
+        assert twin.scale is layer.scale
+        torch.testing.assert_close(twin.doubled(x), layer.doubled(x), **CLOSE)
+    for copied in (copy.deepcopy(twin), *(pickle.loads(pickle.dumps(twin, p)) for p in (2, 4, 5))):
+        assert type(copied) is type(twin)
+        assert all(map(torch.equal, flat(copied(x)), flat(twin(x))))
+        assert not {id(p) for p in copied.parameters()} & {id(p) for p in twin.parameters()}
+    inside = assert_converts(nn.Sequential(layer), x)
+    assert isinstance(inside[0], FUSED["GRUCell" if cls is GatedCell else cls.__mro__[-4].__name__])
+
+
+@pytest.mark.parametrize("cls", [Plain, Configured])
+def test_converted_subclass_takes_ours_options(cls):
+    twin = convert(cls(4) if cls is Configured else cls(4, 3))
+    output, _ = twin(torch.randn(5, 2, 4), lengths=torch.tensor([5, 2]))
+    assert not output[2:, 1].any()
+
+
+def parametrized(kind, name):
+    key = "weight_hh" if name.endswith("Cell") else "weight_hh_l0"
+    torch.manual_seed(0)
+    layer = TORCH[name](4, 3, dtype=torch.float64)
+    if kind == "hook":
+        nn.utils.weight_norm(layer, key)
+    elif kind == "weight_norm":
+        parametrizations.weight_norm(layer, key)
+    elif kind == "orthogonal":
+        parametrizations.orthogonal(layer, key)
+    else:
+        parametrize.register_parametrization(layer, key, Doubled())
+    return layer, key
+
+
+@every
+@pytest.mark.parametrize("kind", ["hook", "weight_norm", "orthogonal", "custom"])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_parametrized(name, kind):
+    layer, key = parametrized(kind, name)
+    model = assert_converts(nn.Sequential(layer), input_for(name))
+    assert isinstance(model[0], FUSED[name])
+    before = flat(model(input_for(name)))[0]
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.5)
+    assert not torch.allclose(before, flat(model(input_for(name)))[0])
+    assert key not in model[0]._parameters
+
+
+@every
+def test_parametrization_may_be_removed_after_conversion(name):
+    layer, key = parametrized("custom", name)
+    model = convert(nn.Sequential(layer))
+    expected = flat(model(input_for(name)))
+    assert parametrize.is_parametrized(model[0], key)
+    parametrize.remove_parametrizations(model[0], key, leave_parametrized=True)
+    assert not parametrize.is_parametrized(model[0])
+    assert isinstance(model[0], FUSED[name])
+    assert isinstance(getattr(model[0], key), nn.Parameter)
+    torch.testing.assert_close(flat(model(input_for(name))), expected, **CLOSE)
+
+
+@every
+def test_parametrized_after_conversion(name):
+    key = "weight_hh" if name.endswith("Cell") else "weight_hh_l0"
+    model = convert(nn.Sequential(TORCH[name](4, 3, dtype=torch.float64)))
+    parametrizations.weight_norm(model[0], key)
+    expected = copy.deepcopy(model)(input_for(name))
+    torch.testing.assert_close(model(input_for(name)), expected, **CLOSE)
+    parametrize.remove_parametrizations(model[0], key)
+    torch.testing.assert_close(model(input_for(name)), expected, **CLOSE)
+
+
+def test_second_parametrization_after_conversion():
+    layers = [parametrized("custom", "LSTM")[0] for _ in range(2)]
+    plain = copy.deepcopy(layers)
+    model = convert(nn.Sequential(*layers))
+    for first in (plain[0], model[0]):
+        parametrize.register_parametrization(first, "weight_ih_l0", Doubled())
+    assert parametrize.is_parametrized(model[0], "weight_ih_l0")
+    assert not parametrize.is_parametrized(model[1], "weight_ih_l0")
+    for fused, theirs in zip(model, plain, strict=True):
+        torch.testing.assert_close(fused(data(5, 2, 4)), theirs(data(5, 2, 4)), **CLOSE)
+        copied = copy.deepcopy(fused)(data(5, 2, 4))
+        torch.testing.assert_close(copied, theirs(data(5, 2, 4)), **CLOSE)
+
+
+def test_hooks_come_along():
+    model = nn.Sequential(nn.LSTM(4, 3)).double()
+    seen = []
+    model[0].register_forward_pre_hook(lambda m, args: seen.append(("pre", type(m))))
+    model[0].register_forward_hook(lambda m, args, out: (out[0] * 2, out[1]))
+    model[0].register_full_backward_hook(lambda m, gi, go: seen.append(("backward", type(m))))
+    model[0].weight_hh_l0.register_hook(lambda grad: seen.append(("grad", None)))
+    model = assert_converts(model, data(5, 2, 4).requires_grad_())
+    seen.clear()
+    model(data(5, 2, 4).requires_grad_())[0].sum().backward()
+    fused = fused_rnn.LSTM
+    assert seen == [("pre", fused), ("backward", fused), ("grad", None)] or seen == [
+        ("pre", fused), ("grad", None), ("backward", fused)
+    ]  # fmt: skip
+
+
+def test_hook_is_removed_by_its_handle_after_conversion():
+    """A handle is all that its owner has; a hook it cannot reach would stay for ever."""
+    model = nn.Sequential(nn.LSTM(4, 3))
+    calls = []
+    handle = model[0].register_forward_hook(lambda m, args, out: calls.append(1))
+    convert(model)
+    gc.collect()
+    handle.remove()
+    model(torch.randn(5, 2, 4))
+    assert not calls
+
+
+def test_buffers_modes_and_attributes_come_along():
+    model = nn.Sequential(nn.GRU(4, 3, 2, dropout=0.5), nn.Linear(3, 3))
+    layer = model[0]
+    layer.register_buffer("steps", torch.tensor(3))
+    layer.register_buffer("hidden", torch.tensor(4), persistent=False)
+    layer.anything = {"a": 1}
+    layer.weight_ih_l0.requires_grad_(False)
+    model.eval()
+    model = convert(model)
+    twin = model[0]
+    assert type(twin) is fused_rnn.GRU
+    assert twin.steps is layer.steps
+    assert twin.hidden is layer.hidden
+    assert "0.steps" in model.state_dict()
+    assert "0.hidden" not in model.state_dict()
+    assert twin.anything == {"a": 1}
+    assert not twin.training
+    assert twin.dropout == 0.5
+    assert not twin.weight_ih_l0.requires_grad
+    assert model.train()[0].training
+    layer.num_layers = 7
+    assert twin.num_layers == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_dtype_comes_along(dtype):
+    model = convert(Tagger().to(dtype))
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    output = model(torch.randn(5, 2, 4).to(dtype))
+    assert all(o.dtype == dtype and o.isfinite().all() for o in output)
+    assert {p.dtype for p in model.double().parameters()} == {torch.float64}
+    assert all(o.dtype == torch.float64 for o in model(data(5, 2, 4)))
+    assert model.encoders[0]._flat_weights[0] is model.encoders[0].weight_ih_l0
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
+def test_optimizer_from_before_stays_valid(optimizer):
+    torch.manual_seed(0)
+    models = [Tagger().double()]
+    models.append(copy.deepcopy(models[0]))
+    x = data(5, 2, 4)
+    start = models[0](x)
+    for i, model in enumerate(models):
+        steps = optimizer(model.parameters(), lr=0.05)
+        for step in range(3):
+            if i == 1 and step == 1:
+                convert(model)
+            steps.zero_grad()
+            sum(t.square().sum() for t in model(x)).backward()
+            steps.step()
+    torch.testing.assert_close(models[1](x), models[0](x), rtol=1e-6, atol=1e-8)
+    assert not torch.allclose(models[1](x)[0], start[0], atol=1e-4)
+
+
+def test_gradients_so_far_are_kept():
+    model = nn.Sequential(nn.LSTM(4, 3)).double()
+    model(data(5, 2, 4))[0].sum().backward()
+    grads = [p.grad for p in model.parameters()]
+    assert all(p.grad is g for p, g in zip(convert(model).parameters(), grads, strict=True))
+
+
+def test_deepcopy_and_pickle_of_a_converted_model():
+    model = convert(nn.ModuleDict({"t": Tagger(), "c": Configured(4), "p": Plain(4, 3)}).double())
+    x = data(5, 2, 4)
+    expected = [model["t"](x), model["c"](x), model["p"](x)]
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert not remaining(twin)
+        results = [twin["t"](x), twin["c"](x), twin["p"](x)]
+        assert all(map(torch.equal, flat(results), flat(expected)))
+
+
+def test_subclass_survives_torch_save(tmp_path):
+    model = convert(nn.Sequential(Residual(4, 3))).double()
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(loaded(data(5, 2, 4))[0], model(data(5, 2, 4))[0])
+    assert isinstance(loaded[0], fused_rnn.GRU)
+    assert isinstance(loaded[0], Residual)
+
+
+def test_load_state_dict_after_conversion():
+    donor, model = Tagger().double(), Tagger().double()
+    convert(model).load_state_dict(donor.state_dict())
+    torch.testing.assert_close(model(data(5, 2, 4)), donor(data(5, 2, 4)), **CLOSE)
+    donor = Tagger().double()
+    donor.load_state_dict(model.state_dict())
+    torch.testing.assert_close(model(data(5, 2, 4)), donor(data(5, 2, 4)), **CLOSE)
+
+
+def test_twice_is_once():
+    model = convert(nn.Sequential(nn.LSTM(4, 3), Plain(3, 3)))
+    before = list(model.modules())
+    assert convert(model) is model
+    assert all(a is b for a, b in zip(model.modules(), before, strict=True))
+    layer = fused_rnn.GRU(4, 3)
+    assert convert(layer) is layer
+    assert convert(model[1]) is model[1]
+
+
+def test_model_without_recurrence():
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
+    before = list(model.modules())
+    assert convert(model) is model
+    assert all(a is b for a, b in zip(model.modules(), before, strict=True))
+    linear = nn.Linear(1, 1)
+    assert convert(linear) is linear
+
+
+def test_nothing_else_is_touched():
+    class Mine(nn.RNNBase):
+        pass
+
+    model = nn.Sequential(Mine("LSTM", 4, 3), nn.RNNCellBase(4, 3, True, 1))
+    before = list(model)
+    convert(model)
+    assert list(model) == before
+
+
+def test_within_no_grad():
+    with torch.no_grad():
+        model = convert(nn.Sequential(nn.LSTM(4, 3)).double())
+    assert all(p.requires_grad and p.is_leaf for p in model.parameters())
+    model(data(5, 2, 4))[0].sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_meta_model():
+    model = convert(Tagger().to("meta"))
+    assert type(model.cell) is fused_rnn.LSTMCell
+    assert all(p.device.type == "meta" for p in model.parameters())
+
+
+def test_converted_layers_are_freed():
+    model = nn.Sequential(nn.LSTM(4, 3))
+    gone = weakref.ref(model[0])
+    convert(model)
+    gc.collect()
+    assert gone() is None
+
+
+# patch
+
+PLACES = [torch.nn, torch.nn.modules, torch.nn.modules.rnn]
+
+
+def assert_restored():
+    for place in PLACES:
+        for name, cls in TORCH.items():
+            assert getattr(place, name) is cls
+
+
+@every
+def test_names_inside_are_the_fused_classes(name):
+    with patch():
+        for place in PLACES:
+            assert getattr(place, name) is FUSED[name]
+        assert getattr(sys.modules["torch.nn.modules.rnn"], name) is FUSED[name]
+        if not name.endswith("Cell"):
+            assert isinstance(FUSED[name](4, 3), torch.nn.RNNBase)
+    assert_restored()
+
+
+def test_model_built_inside():
+    torch.manual_seed(0)
+    plain = Tagger().double()
+    torch.manual_seed(0)
+    with patch():
+        model = Tagger().double()
+    assert_restored()
+    assert not remaining(model)
+    assert type(model.encoders[0]) is fused_rnn.LSTM
+    assert list(model.state_dict()) == list(plain.state_dict())
+    torch.testing.assert_close(model(data(5, 2, 4)), plain(data(5, 2, 4)), **CLOSE)
+    with patch():
+        torch.testing.assert_close(model(data(5, 2, 4)), plain(data(5, 2, 4)), **CLOSE)
+    assert pickle.loads(pickle.dumps(model)) is not None
+
+
+@every
+def test_layers_work_inside(name):
+    plain = TORCH[name](4, 3, dtype=torch.float64)
+    with patch():
+        fused = getattr(torch.nn, name)(4, 3, dtype=torch.float64)
+        fused.load_state_dict(plain.state_dict())
+        x = input_for(name)
+        results = [value_and_gradients(m, x) for m in (fused, plain, copy.deepcopy(fused))]
+        assert type(pickle.loads(pickle.dumps(fused))) is FUSED[name]
+    torch.testing.assert_close(results[0], results[1], **CLOSE)
+    torch.testing.assert_close(results[0], results[2], **CLOSE)
+
+
+def test_restores_on_exception():
+    with pytest.raises(KeyError, match="inside"), patch():
+        raise KeyError("inside")
+    assert_restored()
+
+
+def test_nests():
+    with patch():
+        with patch():
+            assert torch.nn.LSTM is fused_rnn.LSTM
+        assert torch.nn.LSTM is fused_rnn.LSTM
+        with pytest.raises(ZeroDivisionError), patch():
+            _ = 1 / 0
+        assert torch.nn.GRU is fused_rnn.GRU
+    assert_restored()
+
+
+def test_is_reusable_as_a_decorator():
+    @patch()
+    def build():
+        return torch.nn.LSTM(4, 3)
+
+    for _ in range(2):
+        assert type(build()) is fused_rnn.LSTM
+        assert_restored()
+
+
+def test_keeps_what_another_patch_put_there(monkeypatch):
+    class Mine(nn.LSTM):
+        pass
+
+    monkeypatch.setattr(torch.nn, "LSTM", Mine)
+    with patch():
+        assert torch.nn.LSTM is fused_rnn.LSTM
+    assert torch.nn.LSTM is Mine
+
+
+@pytest.mark.parametrize("cls", [Plain, Residual, Configured, Grandchild, GatedCell])
+def test_outer_subclass_works_inside(cls):
+    args = (4,) if issubclass(cls, Configured) else (4, 3)
+    x = data(2, 4) if cls is GatedCell else data(5, 2, 4)
+    torch.manual_seed(0)
+    expected = cls(*args).double()(x)
+    with patch():
+        torch.manual_seed(0)
+        layer = cls(*args).double()
+        torch.testing.assert_close(layer(x), expected, **CLOSE)
+        twin = convert(layer)
+    assert isinstance(twin, tuple(FUSED.values()))
+    torch.testing.assert_close(twin(x), expected, **CLOSE)
+
+
+def test_subclass_made_inside_is_fused():
+    with patch():
+
+        class Inner(torch.nn.LSTM):
+            def forward(self, input, hx=None):
+                output, states = super().forward(input, hx)
+                return output * 2, states
+
+        layer = Inner(4, 3, dtype=torch.float64)
+    assert isinstance(layer, fused_rnn.LSTM)
+    assert convert(layer) is layer
+    plain = nn.LSTM(4, 3, dtype=torch.float64)
+    plain.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(layer(data(5, 2, 4))[0], plain(data(5, 2, 4))[0] * 2, **CLOSE)
+
+
+def test_convert_inside():
+    model = Tagger().double()
+    with patch():
+        model = assert_converts(model, data(5, 2, 4))
+        bare = convert(TORCH["LSTM"](4, 3))
+    assert type(bare) is fused_rnn.LSTM
+    assert_restored()
