@@ -84,12 +84,12 @@ const char* dtype_name(ScalarType type) { return torch::headeronly::toString(typ
 void check_like(const char* name, const Tensor& tensor, const Tensor& like, ScalarType dtype) {
   STD_TORCH_CHECK(tensor.scalar_type() == dtype, "Expected ", name, " of dtype ", dtype_name(dtype),
                   ", got ", dtype_name(tensor.scalar_type()));
-  STD_TORCH_CHECK(tensor.is_cuda() == like.is_cuda() &&
-                      tensor.get_device_index() == like.get_device_index(),
-                  "Expected ", name, " on the same device as the other arguments");
+  STD_TORCH_CHECK(
+      tensor.is_cuda() == like.is_cuda() && tensor.get_device_index() == like.get_device_index(),
+      "Expected ", name, " on the same device as the other arguments");
 }
 
-DType storage_type(const Tensor& tensor) {
+DType storage_type(const char* name, const Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case ScalarType::Float:
       return DType::float32;
@@ -100,7 +100,7 @@ DType storage_type(const Tensor& tensor) {
     case ScalarType::Half:
       return DType::float16;
     default:
-      STD_TORCH_CHECK(false, "Expected a tensor of dtype Float, Double, BFloat16 or Half, got ",
+      STD_TORCH_CHECK(false, "Expected ", name, " of dtype Float, Double, BFloat16 or Half, got ",
                       dtype_name(tensor.scalar_type()));
   }
 }
@@ -128,9 +128,7 @@ Sequence sequence(const Tensor& tensor) {
   return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }
 
-Sequence sequence(const OptionalTensor& tensor) {
-  return tensor ? sequence(*tensor) : Sequence{};
-}
+Sequence sequence(const OptionalTensor& tensor) { return tensor ? sequence(*tensor) : Sequence{}; }
 
 Tensor with_contiguous_units(const Tensor& tensor) {
   return tensor.size(3) <= 1 || tensor.stride(3) == 1 ? tensor : torch::stable::contiguous(tensor);
@@ -168,12 +166,11 @@ void* allocate_scratch(void* allocator, size_t bytes) {
 template <class Run>
 void on_cpu(const Run& run) {
   Tensor scratch;
-  const cpu::Host host{
-      static_cast<int>(torch::stable::get_num_threads()),
-      [](int64_t count, void (*task)(int64_t, int64_t, void*), void* context) {
-        TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, 1, task, context));
-      },
-      allocate_scratch, &scratch};
+  const cpu::Host host{static_cast<int>(torch::stable::get_num_threads()),
+                       [](int64_t count, void (*task)(int64_t, int64_t, void*), void* context) {
+                         TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, 1, task, context));
+                       },
+                       allocate_scratch, &scratch};
   run(host);
 }
 
@@ -192,10 +189,10 @@ std::function<void()> prepare_product(const cuda::Product& p, const Tensor& like
   };
   return [op = p.lanes == 1 ? "aten::mm" : "aten::bmm", a = matrix(p.a, p.m, p.k, false),
           b = matrix(p.b, p.k, p.n, p.transpose_b), out = matrix(p.out, p.m, p.n, false)] {
-    std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
+    std::array<StableIValue, 3> stack{torch::stable::detail::from(a),
+                                      torch::stable::detail::from(b),
                                       torch::stable::detail::from(out)};
-    TORCH_ERROR_CODE_CHECK(
-        torch_call_dispatcher(op, "out", stack.data(), TORCH_ABI_VERSION));
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "out", stack.data(), TORCH_ABI_VERSION));
     (void)torch::stable::detail::to<Tensor>(stack[0]);
   };
 }
@@ -206,17 +203,16 @@ void run_per_step(const CellTraits& cell, const Params& p, const Tensor& like) {
   void* stream = nullptr;
 #ifdef FUSED_RNN_CUDA
   const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
 #endif
-  const cuda::Host host{stream,
-                        [&](size_t bytes) {
-                          scratch.push_back(torch::stable::empty(
-                              {static_cast<int64_t>(bytes)}, ScalarType::Byte,
-                              torch::headeronly::Layout::Strided, like.device()));
-                          return scratch.back().data_ptr();
-                        },
-                        [&](const cuda::Product& product) { return prepare_product(product, like); }};
+  const cuda::Host host{
+      stream,
+      [&](size_t bytes) {
+        scratch.push_back(torch::stable::empty({static_cast<int64_t>(bytes)}, ScalarType::Byte,
+                                               torch::headeronly::Layout::Strided, like.device()));
+        return scratch.back().data_ptr();
+      },
+      [&](const cuda::Product& product) { return prepare_product(product, like); }};
   cuda::run_per_step(cuda::CellId(cell.index), p, host);
 }
 #endif
@@ -309,6 +305,12 @@ void check_weights(const CellTraits& cell, const Tensor& like, const Tensor& wei
   }
 }
 
+// Arguments that only cells with a cell state have.
+void check_no_c(const CellTraits& cell, const char* name, const OptionalTensor& argument) {
+  STD_TORCH_CHECK(cell.has_c || !argument, "Expected ", name, " to be None, since ", cell.name,
+                  " has no cell state");
+}
+
 using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 ForwardResult forward(const CellTraits& cell, Tensor input_gates, OptionalTensor hx,
@@ -316,7 +318,7 @@ ForwardResult forward(const CellTraits& cell, Tensor input_gates, OptionalTensor
                       OptionalTensor weight_hr, OptionalTensor lengths, OptionalTensor resets,
                       int64_t directions, bool save_reserve, bool save_cells) {
   ForwardParams p{};
-  p.dtype = storage_type(input_gates);
+  p.dtype = storage_type("input_gates", input_gates);
   STD_TORCH_CHECK(input_gates.dim() == 4 && input_gates.size(3) % cell.gates == 0,
                   "Expected input_gates of shape (T, B, L, ", cell.gates, "*H), got ",
                   shape_string(input_gates));
@@ -334,6 +336,7 @@ ForwardResult forward(const CellTraits& cell, Tensor input_gates, OptionalTensor
   p.projected = weight_hr.has_value();
   check_weights(cell, input_gates, weight_hh, bias_hh, weight_hr, p);
   check_state("hx", hx, input_gates, p.L, p.B, p.P, "(L, B, P)");
+  check_no_c(cell, "cx", cx);
   check_state("cx", cx, input_gates, p.L, p.B, p.H, "(L, B, H)");
   const Ragged ragged(lengths, resets, input_gates, p.T, p.B);
 
@@ -360,8 +363,8 @@ ForwardResult forward(const CellTraits& cell, Tensor input_gates, OptionalTensor
   Tensor h_n = make_state({p.L, p.B, p.P});
   Tensor c_n = cell.has_c ? make_state({p.L, p.B, p.H}) : make.none();
   Tensor reserve = with_reserve ? make({p.T, p.B, p.L, cell.saved * p.H}) : make.none();
-  Tensor cells =
-      with_cells ? make({p.T, p.B, p.L, p.H}, compute_type(input_gates.scalar_type())) : make.none();
+  Tensor cells = with_cells ? make({p.T, p.B, p.L, p.H}, compute_type(input_gates.scalar_type()))
+                            : make.none();
   Tensor unprojected = with_unprojected ? make({p.T, p.B, p.L, p.H}) : make.none();
   p.output = sequence(output);
   p.h_n = h_n.data_ptr();
@@ -382,7 +385,7 @@ BackwardResult backward(const CellTraits& cell, OptionalTensor grad_output, Opti
                         Tensor weight_hh, OptionalTensor weight_hr, OptionalTensor lengths,
                         OptionalTensor resets, int64_t directions) {
   BackwardParams p{};
-  p.dtype = storage_type(output);
+  p.dtype = storage_type("output", output);
   STD_TORCH_CHECK(output.dim() == 4, "Expected output of shape (T, B, L, P), got ",
                   shape_string(output));
   STD_TORCH_CHECK(weight_hh.dim() == 3 && weight_hh.size(1) % cell.gates == 0,
@@ -400,6 +403,9 @@ BackwardResult backward(const CellTraits& cell, OptionalTensor grad_output, Opti
   p.projected = weight_hr.has_value();
   check_weights(cell, output, weight_hh, std::nullopt, weight_hr, p);
   check_state("hx", hx, output, p.L, p.B, p.P, "(L, B, P)");
+  check_no_c(cell, "cx", cx);
+  check_no_c(cell, "grad_c_n", grad_c_n);
+  check_no_c(cell, "grad_cells", grad_cells);
   check_state("cx", cx, output, p.L, p.B, p.H, "(L, B, H)");
   check_state("grad_h_n", grad_h_n, output, p.L, p.B, p.P, "(L, B, P)");
   check_state("grad_c_n", grad_c_n, output, p.L, p.B, p.H, "(L, B, H)");
@@ -447,8 +453,7 @@ BackwardResult backward(const CellTraits& cell, OptionalTensor grad_output, Opti
   const Results make{output, p.lengths != nullptr};
   const Results make_state{output, false};
   Tensor d_input_gates = make({p.T, p.B, p.L, cell.gates * p.H});
-  Tensor d_hidden_gates =
-      cell.split_gates ? make({p.T, p.B, p.L, cell.gates * p.H}) : make.none();
+  Tensor d_hidden_gates = cell.split_gates ? make({p.T, p.B, p.L, cell.gates * p.H}) : make.none();
   Tensor d_output = p.projected ? make({p.T, p.B, p.L, p.P}) : make.none();
   Tensor d_hx = make_state({p.L, p.B, p.P});
   Tensor d_cx = cell.has_c ? make_state({p.L, p.B, p.H}) : make.none();
@@ -495,8 +500,8 @@ constexpr const char* backward_schema =
 
 template <class Library>
 void implement(Library& library) {
-#define FUSED_RNN_IMPLEMENT(name, cell)                        \
-  library.impl(#name "_forward", TORCH_BOX(&name##_forward));  \
+#define FUSED_RNN_IMPLEMENT(name, cell)                       \
+  library.impl(#name "_forward", TORCH_BOX(&name##_forward)); \
   library.impl(#name "_backward", TORCH_BOX(&name##_backward));
   FUSED_RNN_FOR_EACH_CELL(FUSED_RNN_IMPLEMENT)
 }
@@ -525,37 +530,47 @@ FUSED_RNN_LIBRARY_IMPL(FUSED_RNN_NAMESPACE, CUDA, library) {
 
 PYBIND11_MODULE(_C, module) {
   namespace py = pybind11;
-  module.def("cells", [] {
-    py::dict cells;
-    for (const auto& cell : fused_rnn::binding::cell_traits) {
-      py::dict traits;
-      traits["gates"] = cell.gates;
-      traits["saved"] = cell.saved;
-      traits["has_c"] = cell.has_c;
-      traits["split_gates"] = cell.split_gates;
-      cells[cell.name] = traits;
-    }
-    return cells;
-  }, "Facts about each cell: gates and saved values per unit, whether it has a cell state.");
-  module.def("build_info", [] {
-    py::dict info;
-    info["compiler"] = __VERSION__;
-    info["torch_target"] = "2.10";
+  module.def(
+      "cells",
+      [] {
+        py::dict cells;
+        for (const auto& cell : fused_rnn::binding::cell_traits) {
+          py::dict traits;
+          traits["gates"] = cell.gates;
+          traits["saved"] = cell.saved;
+          traits["has_c"] = cell.has_c;
+          traits["split_gates"] = cell.split_gates;
+          cells[cell.name] = traits;
+        }
+        return cells;
+      },
+      "Facts about each cell: gates and saved values per unit, whether it has a cell state.");
+  module.def(
+      "build_info",
+      [] {
+        py::dict info;
+        info["compiler"] = __VERSION__;
+        info["torch_target"] = "2.10";
 #ifdef FUSED_RNN_CUDA
-    info["cuda"] = FUSED_RNN_CUDA;
+        info["cuda"] = FUSED_RNN_CUDA;
 #else
-    info["cuda"] = py::none();
+        info["cuda"] = py::none();
 #endif
-    return info;
-  }, "How this binary was built.");
-  module.def("instruction_sets", [] {
-    py::dict supported;
-    size_t count;
-    const auto* sets = fused_rnn::cpu::instruction_sets(&count);
-    for (size_t i = 0; i < count; ++i) supported[sets[i].name] = sets[i].supported();
-    return supported;
-  }, "The CPU engine's compiled instruction sets, best first, and which this machine supports.");
-  module.def("active_instruction_set",
-             [] { return std::string(fused_rnn::cpu::active_instruction_set().name); },
-             "The instruction set in use; FUSED_RNN_CPU_ISA forces one.");
+        return info;
+      },
+      "How this binary was built.");
+  module.def(
+      "instruction_sets",
+      [] {
+        py::dict supported;
+        size_t count;
+        const auto* sets = fused_rnn::cpu::instruction_sets(&count);
+        for (size_t i = 0; i < count; ++i) supported[sets[i].name] = sets[i].supported();
+        return supported;
+      },
+      "The CPU engine's compiled instruction sets, best first, and which this machine supports.");
+  module.def(
+      "active_instruction_set",
+      [] { return std::string(fused_rnn::cpu::active_instruction_set().name); },
+      "The instruction set in use; FUSED_RNN_CPU_ISA forces one.");
 }

@@ -56,15 +56,15 @@ struct ForwardParams : Shape {
 };
 
 struct BackwardParams : Shape {
-  Sequence grad_output;  // (T, B, L, P) s, or null for zeros
-  const void* grad_h_n;  // (L, B, P) s, or null for zeros
-  const void* grad_c_n;  // (L, B, H) s, or null for zeros
-  Sequence grad_cells;   // (T, B, L, H) c, or null for zeros
-  Sequence output;       // (T, B, L, P) s, from forward
-  Sequence reserve;      // (T, B, L, S*H) s, from forward
-  Sequence cells;        // (T, B, L, H) c, from forward; null for cells without c
-  const void* hx;        // (L, B, P) s, or null for zeros
-  const void* cx;        // (L, B, H) s, or null for zeros
+  Sequence grad_output;   // (T, B, L, P) s, or null for zeros
+  const void* grad_h_n;   // (L, B, P) s, or null for zeros
+  const void* grad_c_n;   // (L, B, H) s, or null for zeros
+  Sequence grad_cells;    // (T, B, L, H) c, or null for zeros
+  Sequence output;        // (T, B, L, P) s, from forward
+  Sequence reserve;       // (T, B, L, S*H) s, from forward
+  Sequence cells;         // (T, B, L, H) c, from forward; null for cells without c
+  const void* hx;         // (L, B, P) s, or null for zeros
+  const void* cx;         // (L, B, H) s, or null for zeros
   const void* weight_hh;  // (L, G*H, P) s
   const void* weight_hr;  // (L, P, H) s, null unless projected
 

@@ -20,8 +20,8 @@ namespace fused_rnn {
 struct RowStep {
   int64_t t, b, lane;
   bool first, last;
-  bool reset;         // the state was zeroed before this step
-  bool next_resets;   // the state this step leaves will be zeroed
+  bool reset;        // the state was zeroed before this step
+  bool next_resets;  // the state this step leaves will be zeroed
 };
 
 HOST_DEVICE bool is_reverse(const Shape& p, int64_t lane) {
@@ -50,8 +50,7 @@ HOST_DEVICE RowStep row_step(const Shape& p, int64_t lane, int64_t b, int64_t t)
   row.first = t == (reverse ? end : 0);
   row.last = t == (reverse ? 0 : end);
   row.reset = p.resets && p.resets[t * p.B + b];
-  row.next_resets =
-      p.resets && !row.last && p.resets[(reverse ? t - 1 : t + 1) * p.B + b];
+  row.next_resets = p.resets && !row.last && p.resets[(reverse ? t - 1 : t + 1) * p.B + b];
   return row;
 }
 
@@ -71,8 +70,8 @@ HOST_DEVICE V load_or_zero(const S* from, int64_t n) {
 template <class S, class V>
 HOST_DEVICE V initial_state(const Shape& p, const void* initial, void* final_state, int64_t width,
                             int64_t lane, int64_t b, int64_t unit, int64_t n) {
-  const V value = load_or_zero<V>(
-      initial ? state_at<S>(initial, p.B, width, lane, b) + unit : nullptr, n);
+  const V value =
+      load_or_zero<V>(initial ? state_at<S>(initial, p.B, width, lane, b) + unit : nullptr, n);
   if (row_length(p, b) == 0)
     Memory<V>::store(value, state_at<S>(final_state, p.B, width, lane, b) + unit, n);
   return first_step_resets(p, lane, b) ? V(0) : value;
@@ -98,8 +97,7 @@ HOST_DEVICE void forward_units(const ForwardParams& p, const RowStep& row, int64
                                Compute<S>* c_state, HiddenState* h_state) {
   const S* input_gates = p.input_gates.at<S>(row.t, row.b, row.lane) + unit;
   V inputs[Cell::gates];
-  for (int g = 0; g < Cell::gates; ++g)
-    inputs[g] = Memory<V>::load(input_gates + g * p.H, n);
+  for (int g = 0; g < Cell::gates; ++g) inputs[g] = Memory<V>::load(input_gates + g * p.H, n);
   State<V> prev{V(0), V(0)}, next{V(0), V(0)};
   if constexpr (Cell::reads_prev_h) prev.h = Memory<V>::load(prev_h, n);
   if constexpr (Cell::has_c) prev.c = Memory<V>::load(c_state, n);
@@ -116,8 +114,7 @@ HOST_DEVICE void forward_units(const ForwardParams& p, const RowStep& row, int64
     Memory<V>::store(row.next_resets ? V(0) : next.c, c_state, n);
     if (p.cells.data)
       Memory<V>::store(next.c, p.cells.at<Compute<S>>(row.t, row.b, row.lane) + unit, n);
-    if (row.last)
-      Memory<V>::store(next.c, state_at<S>(p.c_n, p.B, p.H, row.lane, row.b) + unit, n);
+    if (row.last) Memory<V>::store(next.c, state_at<S>(p.c_n, p.B, p.H, row.lane, row.b) + unit, n);
     if (p.projected) {
       Memory<V>::store(next.h, h_state, n);
       if (p.unprojected.data)
@@ -137,16 +134,15 @@ HOST_DEVICE V collect_d_hidden(const BackwardParams& p, const RowStep& row, int6
   if (p.grad_output.data)
     d_h = d_h + Memory<V>::load(p.grad_output.at<S>(row.t, row.b, row.lane) + unit, n);
   Memory<V>::store(V(0), d_h_state, n);
-  if (p.projected)
-    Memory<V>::store(d_h, p.d_output.at<S>(row.t, row.b, row.lane) + unit, n);
+  if (p.projected) Memory<V>::store(d_h, p.d_output.at<S>(row.t, row.b, row.lane) + unit, n);
   return d_h;
 }
 
 // The cell's backward at `n` units from `unit`. d_h is the whole gradient of the cell's h; d_gates
 // points at `unit` of gate 0 in the row the next product reads.
 template <class Cell, class S, class V, class GateState>
-HOST_DEVICE void backward_units(const BackwardParams& p, const RowStep& row, int64_t unit, int64_t n,
-                                V d_h, Compute<S>* d_h_state, Compute<S>* d_c_state,
+HOST_DEVICE void backward_units(const BackwardParams& p, const RowStep& row, int64_t unit,
+                                int64_t n, V d_h, Compute<S>* d_h_state, Compute<S>* d_c_state,
                                 GateState* d_gates) {
   const int64_t before = previous_time(p, row.lane, row.t);
   State<V> prev{V(0), V(0)}, next{V(0), V(0)}, d_next{d_h, V(0)}, d_prev{V(0), V(0)};
@@ -154,9 +150,10 @@ HOST_DEVICE void backward_units(const BackwardParams& p, const RowStep& row, int
     next.h = Memory<V>::load(p.output.at<S>(row.t, row.b, row.lane) + unit, n);
   if constexpr (Cell::reads_prev_h) {
     if (!row.reset)
-      prev.h = row.first ? load_or_zero<V>(
-                               p.hx ? state_at<S>(p.hx, p.B, p.P, row.lane, row.b) + unit : nullptr, n)
-                         : Memory<V>::load(p.output.at<S>(before, row.b, row.lane) + unit, n);
+      prev.h = row.first
+                   ? load_or_zero<V>(
+                         p.hx ? state_at<S>(p.hx, p.B, p.P, row.lane, row.b) + unit : nullptr, n)
+                   : Memory<V>::load(p.output.at<S>(before, row.b, row.lane) + unit, n);
   }
   if constexpr (Cell::has_c) {
     next.c = Memory<V>::load(p.cells.at<Compute<S>>(row.t, row.b, row.lane) + unit, n);

@@ -129,8 +129,8 @@ def _previous_hidden(
         stacked = stacked.masked_fill(resets.reshape(1, T * B, 1), 0)
     if lengths is not None:
         # Steps that do not exist have zero gradients, and must not turn those into NaN.
-        exists = torch.arange(T, device=output.device).unsqueeze(1) < lengths
-        stacked = stacked.masked_fill(~exists.reshape(1, T * B, 1), 0)
+        beyond = reference.beyond(lengths, T)
+        stacked = stacked.masked_fill(beyond.reshape(1, T * B, 1), 0)
     return stacked
 
 
@@ -196,7 +196,8 @@ class Layer(torch.autograd.Function):
             d_input = (d_inputs @ ih).view(T, B, I)
         d_weight_ih = d_bias_ih = d_bias_hh = None
         if any(lane.weight_ih for lane in needs):
-            d_weight_ih = (d_inputs.t() @ input.reshape(T * B, I)).view(L, gate_rows, I)
+            read = reference.mask_beyond(input, lengths).reshape(T * B, I)
+            d_weight_ih = (d_inputs.t() @ read).view(L, gate_rows, I)
         if any(lane.bias_ih or lane.bias_hh for lane in needs):
             d_bias_ih = d_inputs.sum(0).view(L, gate_rows)
             d_bias_hh = d_bias_ih if not traits.split_gates else d_hidden_gates.sum((0, 1))
@@ -211,7 +212,8 @@ class Layer(torch.autograd.Function):
                 d_weight_hh = d_hidden.t() @ previous[lane]
             if need.weight_hr:
                 d_projected = d_output[:, :, lane].reshape(T * B, output.shape[-1])
-                d_weight_hr = d_projected.t() @ unprojected[:, :, lane].reshape(T * B, -1)
+                m = unprojected[:, :, lane].reshape(T * B, unprojected.shape[-1])
+                d_weight_hr = d_projected.t() @ m
             d_flat += [
                 d_weight_ih[lane] if need.weight_ih and d_weight_ih is not None else None,
                 d_weight_hh,

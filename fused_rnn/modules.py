@@ -118,7 +118,7 @@ class _Layer(RNNBase):
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
         # As torch.nn's, which asks _flat_weights for the dtype; functional_call leaves that behind.
         weight = self._parameters.get(self._flat_weights_names[0])
-        dtype = (self._flat_weights[0] if weight is None else weight).dtype
+        dtype = (self._flat_weights[0] if weight is None else weight).dtype  # type: ignore[union-attr]
         if input.dtype != dtype and not torch._C._is_any_autocast_enabled():
             raise ValueError(
                 f"RNN input dtype ({input.dtype}) does not match weight dtype ({dtype}). Convert "

@@ -67,6 +67,18 @@ CELLS: dict[str, Callable[[Tensor, Tensor, State], State]] = {
 }
 
 
+def beyond(lengths: Tensor, T: int) -> Tensor:
+    """(T, B) bool: the timesteps that do not exist because a row ended before."""
+    return torch.arange(T, device=lengths.device).unsqueeze(1) >= lengths
+
+
+def mask_beyond(sequence: Tensor, lengths: Tensor | None) -> Tensor:
+    """A (T, B, n) sequence with zeros for whatever stands where no timestep is."""
+    if lengths is None:
+        return sequence
+    return sequence.masked_fill(beyond(lengths, sequence.shape[0]).unsqueeze(-1), 0)
+
+
 def direction(
     cell: str,
     input: Tensor,
@@ -92,7 +104,7 @@ def direction(
     """
     T = input.shape[0]
     h, c = hx, cx
-    input_gates = F.linear(input, weights.weight_ih, weights.bias_ih)
+    input_gates = F.linear(mask_beyond(input, lengths), weights.weight_ih, weights.bias_ih)
     outputs: list[Tensor] = [torch.zeros_like(hx)] * T
     cells: list[Tensor] = [] if cx is None else [torch.zeros_like(cx)] * T
     for t in reversed(range(T)) if reverse else range(T):

@@ -58,14 +58,14 @@ void backward(const double* saved, const double* prev, const double* next, const
 
 }  // namespace
 
-#define FUSED_RNN_EXPORT_AS(name, cell, type)                                                  \
-  extern "C" void name##_forward_##type(const double* i, const double* h, const double* p,     \
-                                        double* n, double* s) {                                \
-    forward<fused_rnn::cell, type>(i, h, p, n, s);                                             \
-  }                                                                                            \
-  extern "C" void name##_backward_##type(const double* s, const double* p, const double* n,    \
+#define FUSED_RNN_EXPORT_AS(name, cell, type)                                                    \
+  extern "C" void name##_forward_##type(const double* i, const double* h, const double* p,       \
+                                        double* n, double* s) {                                  \
+    forward<fused_rnn::cell, type>(i, h, p, n, s);                                               \
+  }                                                                                              \
+  extern "C" void name##_backward_##type(const double* s, const double* p, const double* n,      \
                                          const double* dn, double* di, double* dh, double* dp) { \
-    backward<fused_rnn::cell, type>(s, p, n, dn, di, dh, dp);                                  \
+    backward<fused_rnn::cell, type>(s, p, n, dn, di, dh, dp);                                    \
   }
 #define FUSED_RNN_EXPORT(name, cell)      \
   FUSED_RNN_EXPORT_AS(name, cell, double) \

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-import fused_rnn._C
 import pytest
 import torch
+
+import fused_rnn._C
 
 # cuBLAS refuses deterministic mode without it, and reads it when CUDA starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -22,8 +22,8 @@ struct Gru {
   static constexpr bool reads_h = false;
 
   template <class V>
-  static HOST_DEVICE void forward(const V* input_gates, const V* hidden_gates,
-                                  const State<V>& prev, State<V>& next, V* saved) {
+  static HOST_DEVICE void forward(const V* input_gates, const V* hidden_gates, const State<V>& prev,
+                                  State<V>& next, V* saved) {
     const V r = sigmoid(input_gates[0] + hidden_gates[0]);
     const V z = sigmoid(input_gates[1] + hidden_gates[1]);
     const V n = tanh(input_gates[2] + r * hidden_gates[2]);

@@ -22,8 +22,8 @@ struct Lstm {
   static constexpr bool reads_h = false;
 
   template <class V>
-  static HOST_DEVICE void forward(const V* input_gates, const V* hidden_gates,
-                                  const State<V>& prev, State<V>& next, V* saved) {
+  static HOST_DEVICE void forward(const V* input_gates, const V* hidden_gates, const State<V>& prev,
+                                  State<V>& next, V* saved) {
     const V i = sigmoid(input_gates[0] + hidden_gates[0]);
     const V f = sigmoid(input_gates[1] + hidden_gates[1]);
     const V g = tanh(input_gates[2] + hidden_gates[2]);

@@ -8,7 +8,8 @@ namespace fused_rnn::cpu {
 Division::Division(const Shape& p, int gates, int64_t panels, size_t weight_bytes, int threads) {
   const int64_t per_row = gates * p.H * p.P;  // multiply-adds of one row's timestep
   const int64_t threads_per_lane = threads / std::max<int64_t>(p.L, 1);
-  if (threads_per_lane < 2 || p.T * p.B * p.L * per_row < 200000) return;
+  parallel = threads > 1 && p.T * p.B * p.L * per_row >= 200000;  // waking one costs a few us
+  if (!parallel || threads_per_lane < 2) return;
   // Separate rows need no meeting, but every thread then streams all the weights: worth it while they
   // fit its own cache and each block still fills its tiles.
   const bool weights_fit = weight_bytes <= (size_t(1) << 19);

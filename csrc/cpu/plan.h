@@ -13,8 +13,9 @@ namespace fused_rnn::cpu {
 
 // How the work of one call is divided.
 struct Division {
-  int64_t blocks = 1;   // row blocks per lane
-  int64_t members = 1;  // threads per team
+  int64_t blocks = 1;     // row blocks per lane
+  int64_t members = 1;    // threads per team
+  bool parallel = false;  // whether more than one thread is worth waking
 
   // `panels` is how many panels of units there are to share out, `weight_bytes` their size per lane.
   Division(const Shape& shape, int gates, int64_t panels, size_t weight_bytes, int threads);

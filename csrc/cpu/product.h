@@ -52,8 +52,8 @@ ProductFn<T> select_product(int rows, std::integer_sequence<int, R...>) {
 
 // Calls each(first_row, rows, tile) for every tile of up to max_rows(W) rows, near-equal in height.
 template <class T, int W, class Each>
-HOST_DEVICE void for_each_tile(const T* a, int64_t a_stride, int64_t rows, int64_t k, const T* panel,
-                               const T* bias, const Each& each) {
+HOST_DEVICE void for_each_tile(const T* a, int64_t a_stride, int64_t rows, int64_t k,
+                               const T* panel, const T* bias, const Each& each) {
   constexpr int R = max_rows(W);
   alignas(64) T tile[R * W * Vector<T>::size];
   const int64_t tiles = (rows + R - 1) / R;

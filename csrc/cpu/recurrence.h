@@ -33,9 +33,10 @@ class Arena {
   size_t used_ = 0;
 };
 
+// Calls f(begin, end) over 0..count, on several threads if that is `worthwhile`.
 template <class F>
-void parallel(const Host& host, int64_t count, const F& f) {
-  if (host.threads <= 1 || count <= 1) {
+void parallel(const Host& host, int64_t count, bool worthwhile, const F& f) {
+  if (host.threads <= 1 || count <= 1 || !worthwhile) {
     if (count > 0) f(int64_t(0), count);
     return;
   }
@@ -49,9 +50,11 @@ void parallel(const Host& host, int64_t count, const F& f) {
 
 // Runs phase(team, member, phase number) for all teams.
 template <class Phase>
-void run_teams(const Host& host, int64_t teams, int64_t members, int64_t phases, const Phase& phase) {
+void run_teams(const Host& host, int64_t teams, const Division& division, int64_t phases,
+               const Phase& phase) {
+  const int64_t members = division.members;
   Parts parts(teams * members);
-  parallel(host, teams * members, [&](int64_t begin, int64_t end) {
+  parallel(host, teams * members, division.parallel, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t team = task / members;
       run_phases(parts.data + team * members, static_cast<int>(members),
@@ -60,6 +63,9 @@ void run_teams(const Host& host, int64_t teams, int64_t members, int64_t phases,
     }
   });
 }
+
+// Packing fewer weights than this takes less time than waking another thread.
+constexpr int64_t min_parallel_pack = 1 << 17;
 
 // Vectors of units per gate in a panel: enough that a panel is at least two vectors wide.
 constexpr int vectors_per_gate(int gates) { return gates >= 2 ? 1 : 2; }
@@ -91,7 +97,7 @@ class Forward {
 
   void run() {
     pack();
-    run_teams(host, p.L * division.blocks, division.members, 1 + p.T * phases_per_step(),
+    run_teams(host, p.L * division.blocks, division, 1 + p.T * phases_per_step(),
               [&](int64_t team, int64_t member, int64_t phase) {
                 const int64_t lane = team / division.blocks, block = team % division.blocks;
                 if (phase == 0) return load_initial(lane, block, member);
@@ -127,7 +133,8 @@ class Forward {
     const S* projection = static_cast<const S*>(p.weight_hr);
     const PanelSource gate_source{p.H, p.P, p.H * p.P, p.P, 1};
     const PanelSource projection_source{p.P, p.H, 0, p.H, 1};
-    parallel(host, p.L * per_lane, [&](int64_t begin, int64_t end) {
+    const bool worthwhile = p.L * Cell::gates * p.H * p.P >= min_parallel_pack;
+    parallel(host, p.L * per_lane, worthwhile, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
         const int64_t lane = task / per_lane, i = task % per_lane;
         if (i < gate_panels.count)
@@ -187,10 +194,9 @@ class Forward {
       V hidden_gates[Cell::gates];
       for (int g = 0; g < Cell::gates; ++g)
         hidden_gates[g] = V::load(tile + (g * per_gate + v) * V::size);
-      forward_units<Cell, S>(
-          p, row, unit, p.H - unit, hidden_gates, h_row(step, lane, i) + unit,
-          Cell::has_c ? c_row(lane, i) + unit : nullptr,
-          p.projected ? m_row(lane, i) + unit : h_row(step + 1, lane, i) + unit);
+      forward_units<Cell, S>(p, row, unit, p.H - unit, hidden_gates, h_row(step, lane, i) + unit,
+                             Cell::has_c ? c_row(lane, i) + unit : nullptr,
+                             p.projected ? m_row(lane, i) + unit : h_row(step + 1, lane, i) + unit);
     }
   }
 
@@ -254,7 +260,7 @@ class Backward {
 
   void run() {
     pack();
-    run_teams(host, p.L * division.blocks, division.members, 2 + p.T * phases_per_step(),
+    run_teams(host, p.L * division.blocks, division, 2 + p.T * phases_per_step(),
               [&](int64_t team, int64_t member, int64_t phase) {
                 const int64_t lane = team / division.blocks, block = team % division.blocks;
                 if (phase == 0) return load_final(lane, block, member);
@@ -289,7 +295,8 @@ class Backward {
     const S* projection = static_cast<const S*>(p.weight_hr);
     const PanelSource hidden_source{p.P, Cell::gates * p.H, 0, 1, p.P};
     const PanelSource projection_source{p.H, p.P, 0, 1, p.H};
-    parallel(host, p.L * per_lane, [&](int64_t begin, int64_t end) {
+    const bool worthwhile = p.L * Cell::gates * p.H * p.P >= min_parallel_pack;
+    parallel(host, p.L * per_lane, worthwhile, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
         const int64_t lane = task / per_lane, i = task % per_lane;
         if (i < hidden_panels.count)

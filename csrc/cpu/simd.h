@@ -49,9 +49,7 @@ struct Vec {
   friend HOST_DEVICE Vec operator-(Vec a) { return Vec(-a.v); }
   friend HOST_DEVICE Mask operator<=(Vec a, Vec b) { return a.v <= b.v; }
   friend HOST_DEVICE Mask operator<(Vec a, Vec b) { return a.v < b.v; }
-  friend HOST_DEVICE Vec where(Mask condition, Vec a, Vec b) {
-    return Vec(condition ? a.v : b.v);
-  }
+  friend HOST_DEVICE Vec where(Mask condition, Vec a, Vec b) { return Vec(condition ? a.v : b.v); }
 
   static HOST_DEVICE Vec load(const T* from) {
     Vec x;
@@ -63,37 +61,65 @@ struct Vec {
 
 // ---- exp and tanh --------------------------------------------------------------------------------
 //
-// Both rest on expm1(r) for |r| <= ln(2)/2, a Taylor polynomial carried past the last bit, and
-// exp(x) = 2^k (1 + expm1(r)), k = round(x / ln 2), r = x - k ln 2 in two pieces.
+// exp(x) = 2^k (1 + expm1(r)) with k = round(x / ln 2), r = x - k ln 2 in two pieces, and a Taylor
+// polynomial for expm1 that is carried past the last bit for |r| <= ln(2)/2.
+//
+// tanh(x) = x + x z P(z), z = x^2, for |x| < 5/8, P a Chebyshev fit of (tanh(x)/x - 1)/z that is also
+// past the last bit; and 1 - 2E/(1+E), E = exp(-2|x|), with the sign of x, beyond. Neither cancels.
 
 template <class T>
-struct ExpConstants;
+struct Constants;
 
 template <>
-struct ExpConstants<float> {
+struct Constants<float> {
   static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
   static constexpr float round = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   static constexpr float lowest = -103.0f, highest = 88.8f;
-  static constexpr float series[] = {1 / 5040.0f, 1 / 720.0f, 1 / 120.0f, 1 / 24.0f, 1 / 6.0f, 0.5f};
+  static constexpr float expm1[] = {1 / 5040.0f, 1 / 720.0f, 1 / 120.0f, 1 / 24.0f, 1 / 6.0f, 0.5f};
+  static constexpr float tanh[] = {-0.006096714166f, 0.020997179f, -0.05385090958f, 0.1333276974f,
+                                   -0.3333332894f};
   static constexpr int mantissa_bits = 23, bias = 127;
 };
 
 template <>
-struct ExpConstants<double> {
-  static constexpr double ln2_high = 6.93147180369123816490e-1, ln2_low = 1.90821492927058770002e-10;
+struct Constants<double> {
+  static constexpr double ln2_high = 6.93147180369123816490e-1,
+                          ln2_low = 1.90821492927058770002e-10;
   static constexpr double round = 6755399441055744.0;  // 1.5 * 2^52
   static constexpr double lowest = -745.0, highest = 709.9;
-  static constexpr double series[] = {
-      1 / 87178291200.0, 1 / 6227020800.0, 1 / 479001600.0, 1 / 39916800.0, 1 / 3628800.0,
-      1 / 362880.0,      1 / 40320.0,      1 / 5040.0,      1 / 720.0,      1 / 120.0,
-      1 / 24.0,          1 / 6.0,          0.5};
+  static constexpr double expm1[] = {1 / 87178291200.0,
+                                     1 / 6227020800.0,
+                                     1 / 479001600.0,
+                                     1 / 39916800.0,
+                                     1 / 3628800.0,
+                                     1 / 362880.0,
+                                     1 / 40320.0,
+                                     1 / 5040.0,
+                                     1 / 720.0,
+                                     1 / 120.0,
+                                     1 / 24.0,
+                                     1 / 6.0,
+                                     0.5};
+  static constexpr double tanh[] = {
+      6.48516348277792228e-6,  -3.12011014257632254e-5, 9.25711612955342503e-5,
+      -2.37590649605537549e-4, 5.89660657775697804e-4,  -1.45577541204780402e-3,
+      3.59212175115496205e-3,  -8.8632351032408779e-3,  2.18694885190083058e-2,
+      -5.39682539678969917e-2, 1.33333333333330416e-1,  -3.33333333333333329e-1};
   static constexpr int mantissa_bits = 52, bias = 1023;
 };
+
+template <class V, class T, size_t N>
+HOST_DEVICE V polynomial(const T (&coefficients)[N], V x) {
+  V sum(coefficients[0]);
+#pragma GCC unroll 16
+  for (size_t i = 1; i < N; ++i) sum = sum * x + V(coefficients[i]);
+  return sum;
+}
 
 // 2^k for integral k within the normal exponents.
 template <class T, int N>
 HOST_DEVICE Vec<T, N> power_of_two(typename Vec<T, N>::Mask k) {
-  using K = ExpConstants<T>;
+  using K = Constants<T>;
   using Integer = typename Vec<T, N>::Integer;
   const typename Vec<T, N>::Mask bits = (k + Integer(K::bias)) << Integer(K::mantissa_bits);
   Vec<T, N> result;
@@ -101,48 +127,33 @@ HOST_DEVICE Vec<T, N> power_of_two(typename Vec<T, N>::Mask k) {
   return result;
 }
 
-// x = k ln 2 + r; returns expm1(r).
-template <class T, int N>
-HOST_DEVICE Vec<T, N> reduce_expm1(Vec<T, N> x, typename Vec<T, N>::Mask& k) {
-  using K = ExpConstants<T>;
-  using V = Vec<T, N>;
-  const V shifted = x * V(T(1.4426950408889634074)) + V(K::round);
-  const V whole = shifted - V(K::round);
-  k = __builtin_convertvector(whole.v, typename V::Mask);
-  const V r = (x - whole * V(K::ln2_high)) - whole * V(K::ln2_low);
-  V series(K::series[0]);
-  for (unsigned i = 1; i < sizeof(K::series) / sizeof(T); ++i) series = series * r + V(K::series[i]);
-  return series * (r * r) + r;
-}
-
 template <class T, int N>
 HOST_DEVICE Vec<T, N> exp(Vec<T, N> x) {
-  using K = ExpConstants<T>;
+  using K = Constants<T>;
   using V = Vec<T, N>;
-  using Integer = typename V::Integer;
+  using Mask = typename V::Mask;
   // Clamp so that k stays in range; NaN compares false and passes through.
   x = where(x <= V(K::lowest), V(K::lowest), x);
   x = where(V(K::highest) <= x, V(K::highest), x);
-  typename V::Mask k;
-  const V p = reduce_expm1(x, k);
+  const V whole = (x * V(T(1.4426950408889634074)) + V(K::round)) - V(K::round);
+  const Mask k = __builtin_convertvector(whole.v, Mask);
+  const V r = (x - whole * V(K::ln2_high)) - whole * V(K::ln2_low);
+  const V expm1 = polynomial(K::expm1, r) * (r * r) + r;
   // In two factors, because 2^k alone may be subnormal or infinite where the product is not.
-  const typename V::Mask half = k >> Integer(1);
-  return (V(1) + p) * power_of_two<T, N>(half) * power_of_two<T, N>(k - half);
+  const Mask half = k >> typename V::Integer(1);
+  return (V(1) + expm1) * power_of_two<T, N>(half) * power_of_two<T, N>(k - half);
 }
 
-// tanh |x| = -e / (2 + e), e = expm1(-2|x|): full relative accuracy, also near zero.
 template <class T, int N>
 HOST_DEVICE Vec<T, N> tanh(Vec<T, N> x) {
   using V = Vec<T, N>;
   const typename V::Mask negative = x < V(0);
-  V y = where(negative, x, -x);  // -|x|
-  y = where(y <= V(-22), V(-22), y);
-  typename V::Mask k;
-  const V p = reduce_expm1(y + y, k);
-  const V scale = power_of_two<T, N>(k);
-  const V e = p * scale + (scale - V(1));
-  const V magnitude = e / (V(2) + e);  // negative of tanh |x|
-  return where(negative, magnitude, -magnitude);
+  const V magnitude = where(negative, -x, x);
+  const V z = x * x;
+  const V near = x + x * z * polynomial(Constants<T>::tanh, z);
+  const V e = exp(V(-2) * magnitude);
+  const V far = V(1) - (e + e) / (V(1) + e);
+  return where(magnitude < V(T(0.625)), near, where(negative, -far, far));
 }
 
 // ---- conversions between storage and compute types -------------------------------------------------

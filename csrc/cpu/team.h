@@ -62,8 +62,10 @@ void run_phases(Part* parts, int members, int me, int64_t phases, const Work& wo
     for (int part = 0; part < members; ++part) {
       Spin spin;
       while (parts[part].done.load(std::memory_order_acquire) <= phase) {
-        if (!parts[part].attended.load(std::memory_order_acquire)) attempt(part, phase);
-        else spin.pause();
+        if (!parts[part].attended.load(std::memory_order_acquire))
+          attempt(part, phase);
+        else
+          spin.pause();
       }
     }
   }

@@ -86,7 +86,8 @@ inline int64_t row_stride() { return position.rows; }
 inline int64_t lane_index() { return position.lane; }
 
 template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), const Grid& grid, Stream, const Arguments&... arguments) {
+void launch(void (*kernel)(Parameters...), const Grid& grid, Stream,
+            const Arguments&... arguments) {
   for (unsigned lane = 0; lane < grid.lanes; ++lane)
     for (unsigned row = 0; row < grid.rows; ++row)
       for (int64_t unit = 0; unit < int64_t(grid.blocks_x) * grid.threads; ++unit) {

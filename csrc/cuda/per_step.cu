@@ -26,21 +26,21 @@ namespace {
 // Engine state, per lane and row. Absent ones are null.
 template <class S>
 struct ForwardState {
-  S* h;               // (L, B, P)
-  Compute<S>* c;      // (L, B, H)
-  S* unprojected;     // (L, B, H)
-  S* hidden_gates;    // (L, B, G*H): this step's product
-  S* projected;       // (L, B, P): this step's second product
+  S* h;             // (L, B, P)
+  Compute<S>* c;    // (L, B, H)
+  S* unprojected;   // (L, B, H)
+  S* hidden_gates;  // (L, B, G*H): this step's product
+  S* projected;     // (L, B, P): this step's second product
 };
 
 template <class S>
 struct BackwardState {
-  S* d_gates;         // (L, B, G*H)
-  S* product;         // (L, B, P): d_gates W_hh
-  Compute<S>* d_h;    // (L, B, P): passed on to h directly
-  Compute<S>* d_c;    // (L, B, H)
-  S* d_output;        // (L, B, P): whole gradient of the projected h
-  S* d_unprojected;   // (L, B, H): d_output W_hr
+  S* d_gates;        // (L, B, G*H)
+  S* product;        // (L, B, P): d_gates W_hh
+  Compute<S>* d_h;   // (L, B, P): passed on to h directly
+  Compute<S>* d_c;   // (L, B, H)
+  S* d_output;       // (L, B, P): whole gradient of the projected h
+  S* d_unprojected;  // (L, B, H): d_output W_hr
 };
 
 template <class T>
@@ -118,10 +118,9 @@ KERNEL void load_final_kernel(BackwardParams p, BackwardState<S> state) {
 template <class Cell, class S>
 HOST_DEVICE void backward_unit(const BackwardParams& p, const BackwardState<S>& state,
                                const RowStep& row, int64_t unit, Compute<S> d_h) {
-  backward_units<Cell, S>(
-      p, row, unit, 1, d_h, at(state.d_h, p.B, p.P, row.lane, row.b) + unit,
-      Cell::has_c ? at(state.d_c, p.B, p.H, row.lane, row.b) + unit : nullptr,
-      at(state.d_gates, p.B, Cell::gates * p.H, row.lane, row.b) + unit);
+  backward_units<Cell, S>(p, row, unit, 1, d_h, at(state.d_h, p.B, p.P, row.lane, row.b) + unit,
+                          Cell::has_c ? at(state.d_c, p.B, p.H, row.lane, row.b) + unit : nullptr,
+                          at(state.d_gates, p.B, Cell::gates * p.H, row.lane, row.b) + unit);
 }
 
 // The whole gradient of h_t and, without a projection, the cell's backward.
@@ -202,8 +201,8 @@ void forward(const ForwardParams& p, const Host& host) {
     state.projected = take<S>(host, rows * p.P);
     // Rows that have not begun are multiplied too.
     set_zero(state.unprojected, rows * p.H * sizeof(S), stream);
-    projection = host.prepare({p.dtype, state.unprojected, p.weight_hr, state.projected, p.L, p.B,
-                               p.P, p.H, true});
+    projection = host.prepare(
+        {p.dtype, state.unprojected, p.weight_hr, state.projected, p.L, p.B, p.P, p.H, true});
   }
   launch(load_initial_kernel<Cell, S>, grid_over(p, p.P > p.H ? p.P : p.H), stream, p, state);
   for (int64_t step = 0; step < p.T; ++step) {
@@ -232,8 +231,8 @@ void backward(const BackwardParams& p, const Host& host) {
     state.d_output = take<S>(host, rows * p.P);
     state.d_unprojected = take<S>(host, rows * p.H);
     set_zero(state.d_output, rows * p.P * sizeof(S), stream);
-    projection = host.prepare({p.dtype, state.d_output, p.weight_hr, state.d_unprojected, p.L, p.B,
-                               p.H, p.P, false});
+    projection = host.prepare(
+        {p.dtype, state.d_output, p.weight_hr, state.d_unprojected, p.L, p.B, p.H, p.P, false});
   }
   set_zero(state.d_gates, rows * gate_rows * sizeof(S), stream);
   launch(load_final_kernel<Cell, S>, grid_over(p, p.P > p.H ? p.P : p.H), stream, p, state);

@@ -1,0 +1,101 @@
+"""``fused-rnn-bench``: measures this machine against torch.nn."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from . import doctor, layers, machine, shapes
+
+# What each measuring command runs: its shapes, and the seconds of timing spent on each row.
+COMMANDS = {
+    "quick": (shapes.QUICK, 0.8),
+    "cpu": (shapes.CPU, 3.0),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns 1 if a result failed its check."""
+    options = _parser().parse_args(arguments)
+    if options.command == "doctor":
+        return doctor.run()
+    if importlib.util.find_spec("rich") is None:
+        raise SystemExit("The benchmark needs rich: pip install fused_rnn[bench]")
+    return _measure(options)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("fused-rnn-bench", description=__doc__)
+    commands = parser.add_subparsers(dest="command", metavar="command")
+    for name, text in (
+        ("quick", "the smaller shapes, about a minute on two cores (the default)"),
+        ("cpu", "all eight shapes, several minutes"),
+    ):
+        command = commands.add_parser(name, help=text, description=text)
+        _measuring_options(command)
+    commands.add_parser("doctor", help="what is installed, what works here, what to do about it")
+    _measuring_options(parser)
+    parser.set_defaults(command="quick")
+    return parser
+
+
+def _measuring_options(parser: argparse.ArgumentParser) -> None:
+    # Suppressed defaults: a subparser's own would overwrite what stood before the command.
+    unset = argparse.SUPPRESS
+    parser.add_argument("--json", type=Path, metavar="PATH", default=unset, help="write results")
+    parser.add_argument("--threads", type=int, metavar="N", default=unset, help="CPU threads")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=unset, help="default: cpu")
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: torch sees no CUDA device; see fused-rnn-bench doctor")
+    if name == "cuda" and not machine.has_cuda_engine():
+        raise SystemExit("--device cuda: built without CUDA; see fused-rnn-bench doctor")
+    return torch.device(name)
+
+
+def _measure(options: argparse.Namespace) -> int:
+    from . import report
+
+    json_path: Path | None = getattr(options, "json", None)
+    if json_path is not None and not json_path.parent.is_dir():
+        raise SystemExit(f"--json {json_path}: no such folder")
+    device = _device(getattr(options, "device", "cpu"))
+    if hasattr(options, "threads"):
+        if options.threads < 1:
+            raise SystemExit(f"--threads {options.threads}: expected at least 1")
+        torch.set_num_threads(options.threads)
+    selected, budget_s = COMMANDS[options.command]
+    facts = machine.facts()
+
+    console = report.console()
+    console.print(report.headline(facts, str(device)))
+    rows: list[layers.Row] = []
+    with report.progress(console) as progress:
+        total = len(shapes.CELLS) * len(selected) * len(shapes.MODES)
+        task = progress.add_task("", total=total)
+
+        def announce(what: str) -> None:
+            progress.update(task, description=what)
+
+        for row in layers.measure(shapes.CELLS, selected, device, budget_s, announce):
+            rows.append(row)
+            progress.advance(task)
+    console.print(report.table(rows))
+    console.print(report.LEGEND)
+    failures = report.failures(rows)
+    for line in failures:
+        console.print(line, style="red", soft_wrap=True)
+    if json_path is not None:
+        report.write_json(json_path, options.command, facts, rows)
+        console.print(f"written: {json_path}")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,125 @@
+"""How results are shown: the progress bar, the table in 80 columns, the JSON file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from .layers import Row, geometric_means
+from .shapes import MODES
+
+LEGEND = (
+    "Milliseconds per call, float32. x: torch.nn's time over ours, median over rounds\n"
+    "in turns; above 1 ours is faster. Mean: geometric. Results were checked first."
+)
+
+
+def console() -> Console:
+    return Console(highlight=False)
+
+
+def progress(console: Console) -> Progress:
+    return Progress(
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+        console=console,
+        transient=True,
+    )
+
+
+def headline(machine: dict[str, Any], device: str) -> str:
+    return (
+        f"fused_rnn {machine['fused_rnn']}, torch {machine['torch']}, {device}, "
+        f"{machine['threads']} threads, {machine['active_instruction_set']}\n{machine['processor']}"
+    )
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """One line per cell and shape, forward and training side by side, a mean under each cell."""
+    result = Table(
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    result.add_column("cell")
+    result.add_column("T,B,I,H")
+    for mode in MODES:
+        result.add_column(mode, justify="right")
+        result.add_column("torch.nn", justify="right")
+        result.add_column("x", justify="right")
+    means = geometric_means(rows)
+    for cell in _in_order(row.cell for row in rows):
+        mine = [row for row in rows if row.cell == cell]
+        for shape in _in_order(row.shape for row in mine):
+            line: list[str | Text] = [cell, str(shape)]
+            for mode in MODES:
+                line += _cells(next(r for r in mine if (r.shape, r.mode) == (shape, mode)))
+            result.add_row(*line)
+        line = [Text(cell, "bold"), Text("mean", "bold")]
+        for mode in MODES:
+            mean = means.get((cell, mode))
+            line += ["", "", Text("-" if mean is None else f"{mean:.2f}", "bold")]
+        result.add_row(*line, end_section=True)
+    return result
+
+
+def failures(rows: Iterable[Row]) -> list[str]:
+    return [
+        f"FAILED {row.cell} {row.mode} {row.shape}: {row.check}"
+        for row in rows
+        if not row.check.passed
+    ]
+
+
+def write_json(path: Path, command: str, machine: dict[str, Any], rows: Sequence[Row]) -> None:
+    """Everything that was measured; ``format`` counts up when a key changes its meaning."""
+    document = {
+        "format": 1,
+        "command": command,
+        "machine": machine,
+        "rows": [{**dataclasses.asdict(row), "shape": dict(row.shape._asdict())} for row in rows],
+        "geometric_means": [
+            {"cell": cell, "mode": mode, "ratio": ratio}
+            for (cell, mode), ratio in geometric_means(rows).items()
+        ],
+    }
+    path.write_text(json.dumps(_finite(document), indent=1, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become null."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _cells(row: Row) -> list[str | Text]:
+    if row.time is None:
+        return ["", "", Text("FAILED", "bold red")]
+    return [
+        _milliseconds(row.time.ours_s),
+        _milliseconds(row.time.peer_s),
+        Text(f"{row.time.ratio:.2f}", "green" if row.time.ratio >= 1 else "yellow"),
+    ]
+
+
+def _milliseconds(seconds: float) -> str:
+    value = seconds * 1e3
+    return f"{value:.3f}" if value < 10 else f"{value:.1f}"
+
+
+def _in_order(values: Iterable[Any]) -> list[Any]:
+    return list(dict.fromkeys(values))
