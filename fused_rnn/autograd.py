@@ -241,7 +241,11 @@ def _differentiable_backward(
         # Aliases, so that the gradient stops at this layer's inputs even where one of them was
         # computed from another.
         aliases = [t.view_as(t) if t is not None and t.is_floating_point() else t for t in tensors]
-        input, hx, cx, lengths, resets, *flat = aliases
+        # In the compute dtype, as the kernels: half types would lose what they keep between steps.
+        input, hx, cx, lengths, resets, *flat = [
+            t.to(ops.compute_dtype(t.dtype)) if t is not None and t.is_floating_point() else t
+            for t in aliases
+        ]
         assert input is not None
         lanes = _lanes(flat)
         traits = ops.CELLS[ctx.cell]  # type: ignore[attr-defined]
