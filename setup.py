@@ -37,11 +37,11 @@ def with_cuda() -> bool:
 def extension():
     sources = ["csrc/binding.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))]
     headers = sorted(str(p) for p in Path("csrc").rglob("*") if p.suffix in (".h", ".cuh"))
-    flags = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", "-std=c++17", "-O3", "-g0"]
+    flags = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", "-std=c++17", "-O3"]
     # Error messages name the source file; not where this machine keeps it.
     prefix = f"-fmacro-prefix-map={Path.cwd()}/="
     # GCC 12 warns about its own AVX-512 headers, and of vector arguments that are always inlined.
-    cxx = [*flags, prefix, "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized"]
+    cxx = [*flags, prefix, "-g0", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized"]
     common = {
         "name": "fused_rnn._C",
         # Before torch's: some torch releases ship a pybind11 that refuses stable-ABI builds.

@@ -1192,3 +1192,16 @@ def test_mixed_dtypes():
     h = data(1, B, H, dtype=torch.float32)
     with pytest.raises(RuntimeError, match=r"cx.*float32.*float64"):
         layer(data(T, B, I, dtype=torch.float32), (h, h.double()))
+
+
+def test_cells_without_hidden_units():
+    """hidden_size=0 is allowed in cells, and only there; nothing flows through them."""
+    x = torch.randn(3, 10, requires_grad=True)
+    for name in ("RNNCell", "GRUCell", "LSTMCell"):
+        theirs, ours = getattr(torch.nn, name)(10, 0), getattr(fused_rnn, name)(10, 0)
+        expected, found = theirs(x), ours(x)
+        if name != "LSTMCell":
+            expected, found = (expected,), (found,)
+        assert [t.shape for t in found] == [t.shape for t in expected]
+        (grad,) = torch.autograd.grad(sum(t.sum() for t in found), x)
+        assert torch.equal(grad, torch.zeros_like(x))
