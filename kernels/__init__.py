@@ -1,0 +1,1 @@
+"""Triton kernels. Installed as ``fused_rnn.kernels``."""

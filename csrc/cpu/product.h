@@ -66,23 +66,35 @@ HOST_DEVICE void for_each_tile(const T* a, int64_t a_stride, int64_t rows, int64
   }
 }
 
-// A matrix whose rows are gates*units, packed into panels of `gates * per_gate` vectors. Element
-// (gate, unit, k) of the source lies at gate*gate_stride + unit*unit_stride + k*k_stride.
+// Weights as they lie in memory, per lane: element (gate, unit, k) at gate*gate_stride +
+// unit*unit_stride + k*k_stride. Without weights there are no panels.
+template <class S>
 struct PanelSource {
+  const S* weights;
+  const S* bias;  // (lanes, gates, units), or null
   int64_t units, k;
   int64_t gate_stride, unit_stride, k_stride;
 };
 
-template <class T, int Gates, int PerGate>
-struct Panels {
+// The weights of all lanes, packed into panels of Gates * PerGate vectors and widened to T.
+template <class T, class S, int Gates, int PerGate>
+class Panels {
+ public:
   static constexpr int W = Gates * PerGate;
   static constexpr int units_each = PerGate * Vector<T>::size;
+  const int64_t count, k;
 
-  int64_t count, k;
-  T* weights;  // [lane][panel][k][gate][unit of panel]
-  T* bias;     // [lane][panel][gate][unit of panel]
+  explicit Panels(const PanelSource<S>& source)
+      : count(source.weights ? (source.units + units_each - 1) / units_each : 0),
+        k(source.k),
+        source(source) {}
 
-  static int64_t count_for(int64_t units) { return (units + units_each - 1) / units_each; }
+  template <class Arena>
+  void take_memory(Arena& arena, int64_t lanes) {
+    const int64_t columns = lanes * count * W * Vector<T>::size;
+    weights = arena.template take<T>(columns * k);
+    bias = source.bias ? arena.template take<T>(columns) : nullptr;
+  }
 
   T* panel(int64_t lane, int64_t i) const {
     return weights + (lane * count + i) * k * W * Vector<T>::size;
@@ -91,22 +103,34 @@ struct Panels {
     return bias ? bias + (lane * count + i) * W * Vector<T>::size : nullptr;
   }
 
-  template <class S>
-  void pack(const S* source, const S* bias_source, const PanelSource& s, int64_t lane, int64_t i) {
+  void pack(int64_t lane, int64_t i) const {
     const int64_t first = i * units_each;
-    const int64_t here = s.units - first < units_each ? s.units - first : units_each;
-    T* to = panel(lane, i);
-    for (int64_t j = 0; j < k; ++j, to += W * Vector<T>::size)
-      for (int g = 0; g < Gates; ++g) {
-        const S* from = source + g * s.gate_stride + first * s.unit_stride + j * s.k_stride;
-        for (int64_t u = 0; u < here; ++u)
-          to[g * units_each + u] = static_cast<T>(widen(from[u * s.unit_stride]));
-        for (int64_t u = here; u < units_each; ++u) to[g * units_each + u] = T(0);
-      }
-    if (bias)
-      for (int g = 0; g < Gates; ++g)
-        for (int64_t u = 0; u < units_each; ++u)
-          panel_bias(lane, i)[g * units_each + u] =
-              u < here ? static_cast<T>(widen(bias_source[g * s.units + first + u])) : T(0);
+    const int64_t here = source.units - first < units_each ? source.units - first : units_each;
+    const S* from = source.weights + lane * Gates * source.units * k + first * source.unit_stride;
+    // In blocks of k, so that a cache line of either side is used up while it is at hand.
+    constexpr int64_t block = 64 / sizeof(T);
+    for (int64_t begin = 0; begin < k; begin += block) {
+      const int64_t end = begin + block < k ? begin + block : k;
+      T* to = panel(lane, i);
+      for (int g = 0; g < Gates; ++g, to += units_each)
+        for (int64_t u = 0; u < units_each; ++u) {
+          const S* row = from + g * source.gate_stride + u * source.unit_stride;
+          for (int64_t j = begin; j < end; ++j)
+            to[j * W * Vector<T>::size + u] =
+                u < here ? static_cast<T>(widen(row[j * source.k_stride])) : T(0);
+        }
+    }
+    if (!bias) return;
+    for (int g = 0; g < Gates; ++g)
+      for (int64_t u = 0; u < units_each; ++u)
+        panel_bias(lane, i)[g * units_each + u] =
+            u < here
+                ? static_cast<T>(widen(source.bias[(lane * Gates + g) * source.units + first + u]))
+                : T(0);
   }
+
+ private:
+  const PanelSource<S> source;
+  T* weights = nullptr;  // [lane][panel][k][gate][unit of panel]
+  T* bias = nullptr;     // [lane][panel][gate][unit of panel]
 };

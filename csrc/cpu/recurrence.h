@@ -64,8 +64,23 @@ void run_teams(const Host& host, int64_t teams, const Division& division, int64_
   });
 }
 
-// Packing fewer weights than this takes less time than waking another thread.
-constexpr int64_t min_parallel_pack = 1 << 17;
+// Packs the recurrent weights and, if there is a projection, its weights.
+template <class Weights, class Projection>
+void pack_all(const Host& host, int64_t lanes, const Weights& weights,
+              const Projection& projection) {
+  const int64_t per_lane = weights.count + projection.count;
+  // Fewer than this are packed before another thread has woken.
+  const bool worthwhile = lanes * weights.count * weights.units_each * weights.k >= 1 << 16;
+  parallel(host, lanes * per_lane, worthwhile, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t lane = task / per_lane, i = task % per_lane;
+      if (i < weights.count)
+        weights.pack(lane, i);
+      else
+        projection.pack(lane, i - weights.count);
+    }
+  });
+}
 
 // Vectors of units per gate in a panel: enough that a panel is at least two vectors wide.
 constexpr int vectors_per_gate(int gates) { return gates >= 2 ? 1 : 2; }
@@ -75,8 +90,8 @@ class Forward {
   using C = Compute<S>;
   using V = Vector<C>;
   static constexpr int per_gate = vectors_per_gate(Cell::gates);
-  using GatePanels = Panels<C, Cell::gates, per_gate>;
-  using PlainPanels = Panels<C, 1, 2>;
+  using GatePanels = Panels<C, S, Cell::gates, per_gate>;
+  using PlainPanels = Panels<C, S, 1, 2>;
 
  public:
   Forward(const ForwardParams& p, const Host& host)
@@ -84,8 +99,9 @@ class Forward {
         host(host),
         h_width(round_up(p.P, V::size)),
         c_width(round_up(p.H, V::size)),
-        gate_panels{GatePanels::count_for(p.H), p.P, nullptr, nullptr},
-        projection_panels{PlainPanels::count_for(p.P), p.H, nullptr, nullptr},
+        gate_panels({static_cast<const S*>(p.weight_hh), static_cast<const S*>(p.bias_hh), p.H, p.P,
+                     p.H * p.P, p.P, 1}),
+        projection_panels({static_cast<const S*>(p.weight_hr), nullptr, p.P, p.H, 0, p.H, 1}),
         division(p, Cell::gates, gate_panels.count, Cell::gates * p.H * p.P * sizeof(C),
                  host.threads),
         order(p, division.blocks) {
@@ -96,7 +112,7 @@ class Forward {
   }
 
   void run() {
-    pack();
+    pack_all(host, p.L, gate_panels, projection_panels);
     run_teams(host, p.L * division.blocks, division, 1 + p.T * phases_per_step(),
               [&](int64_t team, int64_t member, int64_t phase) {
                 const int64_t lane = team / division.blocks, block = team % division.blocks;
@@ -113,38 +129,12 @@ class Forward {
   int64_t phases_per_step() const { return p.projected ? 2 : 1; }
 
   void lay_out(Arena& arena) {
-    const int64_t vectors = p.L * gate_panels.count * GatePanels::W * V::size;
-    gate_panels.weights = arena.take<C>(vectors * p.P);
-    gate_panels.bias = p.bias_hh ? arena.take<C>(vectors) : nullptr;
+    gate_panels.take_memory(arena, p.L);
+    projection_panels.take_memory(arena, p.L);
     h_state[0] = arena.take<C>(p.L * p.B * h_width);
     h_state[1] = arena.take<C>(p.L * p.B * h_width);
     if (Cell::has_c) c_state = arena.take<C>(p.L * p.B * c_width);
-    if (p.projected) {
-      m_state = arena.take<C>(p.L * p.B * c_width);
-      projection_panels.weights =
-          arena.take<C>(p.L * projection_panels.count * PlainPanels::W * V::size * p.H);
-    }
-  }
-
-  void pack() {
-    const int64_t per_lane = gate_panels.count + (p.projected ? projection_panels.count : 0);
-    const S* weight = static_cast<const S*>(p.weight_hh);
-    const S* bias = static_cast<const S*>(p.bias_hh);
-    const S* projection = static_cast<const S*>(p.weight_hr);
-    const PanelSource gate_source{p.H, p.P, p.H * p.P, p.P, 1};
-    const PanelSource projection_source{p.P, p.H, 0, p.H, 1};
-    const bool worthwhile = p.L * Cell::gates * p.H * p.P >= min_parallel_pack;
-    parallel(host, p.L * per_lane, worthwhile, [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t lane = task / per_lane, i = task % per_lane;
-        if (i < gate_panels.count)
-          gate_panels.pack(weight + lane * Cell::gates * p.H * p.P,
-                           bias ? bias + lane * Cell::gates * p.H : nullptr, gate_source, lane, i);
-        else
-          projection_panels.template pack<S>(projection + lane * p.P * p.H, nullptr,
-                                             projection_source, lane, i - gate_panels.count);
-      }
-    });
+    if (p.projected) m_state = arena.take<C>(p.L * p.B * c_width);
   }
 
   C* h_row(int64_t buffer, int64_t lane, int64_t i) const {
@@ -237,7 +227,7 @@ template <class Cell, class S>
 class Backward {
   using C = Compute<S>;
   using V = Vector<C>;
-  using PlainPanels = Panels<C, 1, 2>;
+  using PlainPanels = Panels<C, S, 1, 2>;
   static constexpr int W = PlainPanels::W;
 
  public:
@@ -247,8 +237,9 @@ class Backward {
         gates_width(round_up(Cell::gates * p.H, V::size)),
         h_width(round_up(p.P, V::size)),
         c_width(round_up(p.H, V::size)),
-        hidden_panels{PlainPanels::count_for(p.P), Cell::gates * p.H, nullptr, nullptr},
-        projection_panels{PlainPanels::count_for(p.H), p.P, nullptr, nullptr},
+        hidden_panels(
+            {static_cast<const S*>(p.weight_hh), nullptr, p.P, Cell::gates * p.H, 0, 1, p.P}),
+        projection_panels({static_cast<const S*>(p.weight_hr), nullptr, p.H, p.P, 0, 1, p.H}),
         division(p, Cell::gates, hidden_panels.count, Cell::gates * p.H * p.P * sizeof(C),
                  host.threads),
         order(p, division.blocks) {
@@ -259,7 +250,7 @@ class Backward {
   }
 
   void run() {
-    pack();
+    pack_all(host, p.L, hidden_panels, projection_panels);
     run_teams(host, p.L * division.blocks, division, 2 + p.T * phases_per_step(),
               [&](int64_t team, int64_t member, int64_t phase) {
                 const int64_t lane = team / division.blocks, block = team % division.blocks;
@@ -277,36 +268,13 @@ class Backward {
   int64_t phases_per_step() const { return p.projected ? 2 : 1; }
 
   void lay_out(Arena& arena) {
-    hidden_panels.weights =
-        arena.take<C>(p.L * hidden_panels.count * W * V::size * Cell::gates * p.H);
+    hidden_panels.take_memory(arena, p.L);
+    projection_panels.take_memory(arena, p.L);
     d_gates_state[0] = arena.take<C>(p.L * p.B * gates_width);
     d_gates_state[1] = arena.take<C>(p.L * p.B * gates_width);
     d_h_state = arena.take<C>(p.L * p.B * h_width);
     if (Cell::has_c) d_c_state = arena.take<C>(p.L * p.B * c_width);
-    if (p.projected) {
-      d_output_state = arena.take<C>(p.L * p.B * h_width);
-      projection_panels.weights = arena.take<C>(p.L * projection_panels.count * W * V::size * p.P);
-    }
-  }
-
-  void pack() {
-    const int64_t per_lane = hidden_panels.count + (p.projected ? projection_panels.count : 0);
-    const S* weight = static_cast<const S*>(p.weight_hh);
-    const S* projection = static_cast<const S*>(p.weight_hr);
-    const PanelSource hidden_source{p.P, Cell::gates * p.H, 0, 1, p.P};
-    const PanelSource projection_source{p.H, p.P, 0, 1, p.H};
-    const bool worthwhile = p.L * Cell::gates * p.H * p.P >= min_parallel_pack;
-    parallel(host, p.L * per_lane, worthwhile, [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t lane = task / per_lane, i = task % per_lane;
-        if (i < hidden_panels.count)
-          hidden_panels.template pack<S>(weight + lane * Cell::gates * p.H * p.P, nullptr,
-                                         hidden_source, lane, i);
-        else
-          projection_panels.template pack<S>(projection + lane * p.P * p.H, nullptr,
-                                             projection_source, lane, i - hidden_panels.count);
-      }
-    });
+    if (p.projected) d_output_state = arena.take<C>(p.L * p.B * h_width);
   }
 
   C* gates_row(int64_t buffer, int64_t lane, int64_t i) const {
