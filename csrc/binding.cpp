@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <cmath>
 #include <functional>
 #include <optional>
 #include <string>
@@ -251,6 +252,19 @@ void run(const CellTraits& cell, const BackwardParams& p, const Tensor& like) {
 
 // ---- ops ---------------------------------------------------------------------------------------------
 
+// Lengths within 0..limit; on the CPU that is checked.
+void check_lengths(const Tensor& lengths, const Tensor& like, int64_t limit, int64_t B,
+                   const char* what) {
+  check_like("lengths", lengths, like, ScalarType::Long);
+  check_shape("lengths", lengths, {B}, "(B)");
+  if (!like.is_cpu()) return;
+  for (int64_t b = 0; b < B; ++b) {
+    const int64_t length = static_cast<const int64_t*>(lengths.const_data_ptr())[b];
+    STD_TORCH_CHECK(length >= 0 && length <= limit, "Expected lengths within 0..", limit, " (",
+                    what, "), got lengths[", b, "] = ", length);
+  }
+}
+
 // Ragged time, as both ops take it. Lengths must lie within 0..T; on the CPU that is checked.
 struct Ragged {
   OptionalTensor lengths, resets;
@@ -258,16 +272,7 @@ struct Ragged {
   Ragged(const OptionalTensor& lengths_in, const OptionalTensor& resets_in, const Tensor& like,
          int64_t T, int64_t B)
       : lengths(as_contiguous(lengths_in)), resets(as_contiguous(resets_in)) {
-    if (lengths) {
-      check_like("lengths", *lengths, like, ScalarType::Long);
-      check_shape("lengths", *lengths, {B}, "(B)");
-      if (like.is_cpu())
-        for (int64_t b = 0; b < B; ++b) {
-          const int64_t length = static_cast<const int64_t*>(lengths->const_data_ptr())[b];
-          STD_TORCH_CHECK(length >= 0 && length <= T, "Expected lengths within 0..", T,
-                          " (the timesteps of input), got lengths[", b, "] = ", length);
-        }
-    }
+    if (lengths) check_lengths(*lengths, like, T, B, "the timesteps of input");
     if (resets) {
       check_like("resets", *resets, like, ScalarType::Bool);
       check_shape("resets", *resets, {T, B}, "(T, B)");
@@ -467,6 +472,141 @@ BackwardResult backward(const CellTraits& cell, OptionalTensor grad_output, Opti
   return {d_input_gates, d_hidden_gates, d_hx, d_cx, d_output};
 }
 
+// ---- additive attention --------------------------------------------------------------------------
+
+// The arguments that forward and backward share, checked and made contiguous; keeps them alive.
+struct AttentionInputs {
+  Tensor query, key, value, weight;
+  OptionalTensor bias, lengths, mask;
+
+  AttentionInputs(const Tensor& query_in, const Tensor& key_in, const Tensor& value_in,
+                  const Tensor& weight_in, const OptionalTensor& bias_in,
+                  const OptionalTensor& lengths_in, const OptionalTensor& mask_in, bool causal,
+                  double dropout_p, int64_t seed, AttentionShape& p)
+      : query(as_contiguous(query_in)),
+        key(as_contiguous(key_in)),
+        value(as_contiguous(value_in)),
+        weight(as_contiguous(weight_in)),
+        bias(as_contiguous(bias_in)),
+        lengths(as_contiguous(lengths_in)),
+        mask(as_contiguous(mask_in)) {
+    p.dtype = storage_type("query", query);
+    const ScalarType dtype = query.scalar_type();
+    for (const auto& [name, tensor] :
+         {std::pair("query", query), std::pair("key", key), std::pair("value", value)})
+      STD_TORCH_CHECK(tensor.dim() == 3, "Expected ", name, " of three dimensions, got ",
+                      shape_string(tensor));
+    p.B = query.size(0);
+    p.Q = query.size(1);
+    p.A = query.size(2);
+    p.K = key.size(1);
+    p.D = value.size(2);
+    check_like("key", key, query, dtype);
+    check_shape("key", key, {p.B, p.K, p.A}, "(B, Tk, A)");
+    check_like("value", value, query, dtype);
+    check_shape("value", value, {p.B, p.K, p.D}, "(B, Tk, D)");
+    check_like("weight", weight, query, dtype);
+    check_shape("weight", weight, {p.A}, "(A)");
+    if (bias) {
+      check_like("bias", *bias, query, dtype);
+      check_shape("bias", *bias, {p.A}, "(A)");
+    }
+    if (lengths) check_lengths(*lengths, query, p.K, p.B, "the keys");
+    if (mask) {
+      check_like("mask", *mask, query, ScalarType::Bool);
+      const int64_t rows = mask->dim() == 3 && mask->size(1) == 1 ? 1 : p.Q;
+      check_shape("mask", *mask, {p.B, rows, p.K}, "(B, Tq or 1, Tk)");
+      p.mask_per_query = rows != 1 || p.Q == 1;
+    }
+    STD_TORCH_CHECK(dropout_p >= 0 && dropout_p < 1, "Expected dropout_p in [0, 1), got ",
+                    dropout_p);
+    p.lengths = static_cast<const int64_t*>(pointer(lengths));
+    p.mask = static_cast<const bool*>(pointer(mask));
+    p.causal = causal;
+    p.dropout_p = dropout_p;
+    p.seed = static_cast<uint64_t>(seed);
+    p.query = query.const_data_ptr();
+    p.key = key.const_data_ptr();
+    p.value = value.const_data_ptr();
+    p.weight = weight.const_data_ptr();
+    p.bias = pointer(bias);
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> additive_attention_forward(
+    Tensor query, Tensor key, Tensor value, Tensor weight, OptionalTensor bias,
+    OptionalTensor lengths, OptionalTensor mask, bool causal, double dropout_p, int64_t seed,
+    bool want_weights, bool want_scores) {
+  AttentionForwardParams p{};
+  const AttentionInputs inputs(query, key, value, weight, bias, lengths, mask, causal, dropout_p,
+                               seed, p);
+  const ScalarType c_type = compute_type(query.scalar_type());
+  const bool empty = p.B * p.Q * p.K == 0;  // then there is nothing to attend to
+  const Results make{inputs.query, empty};
+  Tensor context = make({p.B, p.Q, p.D});
+  Tensor logsumexp = make({p.B, p.Q}, c_type);
+  Tensor weights = want_weights ? make({p.B, p.Q, p.K}) : make.none();
+  Tensor scores = want_scores ? make({p.B, p.Q, p.K}) : make.none();
+  p.context = context.data_ptr();
+  p.logsumexp = logsumexp.data_ptr();
+  p.weights = want_weights ? weights.data_ptr() : nullptr;
+  p.scores = want_scores ? scores.data_ptr() : nullptr;
+  if (empty)
+    torch::stable::fill_(logsumexp, -INFINITY);
+  else
+    on_cpu([&](const cpu::Host& host) {
+      cpu::active_instruction_set().attention_forward(p.dtype)(p, host);
+    });
+  return {context, logsumexp, weights, scores};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> additive_attention_backward(
+    OptionalTensor grad_context, OptionalTensor grad_weights, OptionalTensor grad_scores,
+    Tensor query, Tensor key, Tensor value, Tensor weight, OptionalTensor bias,
+    OptionalTensor lengths, OptionalTensor mask, bool causal, double dropout_p, int64_t seed,
+    Tensor context, Tensor logsumexp) {
+  AttentionBackwardParams p{};
+  const AttentionInputs inputs(query, key, value, weight, bias, lengths, mask, causal, dropout_p,
+                               seed, p);
+  const ScalarType dtype = query.scalar_type();
+  const auto check_gradient = [&](const char* name, const OptionalTensor& gradient, int64_t n,
+                                  const char* letters) {
+    if (!gradient) return;
+    check_like(name, *gradient, query, dtype);
+    check_shape(name, *gradient, {p.B, p.Q, n}, letters);
+  };
+  check_gradient("grad_context", grad_context, p.D, "(B, Tq, D)");
+  check_gradient("grad_weights", grad_weights, p.K, "(B, Tq, Tk)");
+  check_gradient("grad_scores", grad_scores, p.K, "(B, Tq, Tk)");
+  check_like("logsumexp", logsumexp, query, compute_type(dtype));
+  check_shape("logsumexp", logsumexp, {p.B, p.Q}, "(B, Tq)");
+  grad_context = as_contiguous(grad_context);
+  grad_weights = as_contiguous(grad_weights);
+  grad_scores = as_contiguous(grad_scores);
+  logsumexp = as_contiguous(logsumexp);
+  const bool empty = p.B * p.Q * p.K == 0;
+  const Results make{inputs.query, empty};
+  Tensor d_query = make({p.B, p.Q, p.A});
+  Tensor d_key = make({p.B, p.K, p.A});
+  Tensor d_value = make({p.B, p.K, p.D});
+  Tensor d_weight = make({p.A});
+  Tensor d_bias = bias ? make({p.A}) : make.none();
+  p.grad_context = pointer(grad_context);
+  p.grad_weights = pointer(grad_weights);
+  p.grad_scores = pointer(grad_scores);
+  p.logsumexp = logsumexp.const_data_ptr();
+  p.d_query = d_query.data_ptr();
+  p.d_key = d_key.data_ptr();
+  p.d_value = d_value.data_ptr();
+  p.d_weight = d_weight.data_ptr();
+  p.d_bias = bias ? d_bias.data_ptr() : nullptr;
+  if (!empty)
+    on_cpu([&](const cpu::Host& host) {
+      cpu::active_instruction_set().attention_backward(p.dtype)(p, host);
+    });
+  return {d_query, d_key, d_value, d_weight, d_bias};
+}
+
 // One pair of plain functions per cell: TORCH_BOX does not instantiate templates.
 #define FUSED_RNN_OPS(name, cell)                                                                  \
   ForwardResult name##_forward(Tensor input_gates, OptionalTensor hx, OptionalTensor cx,           \
@@ -498,6 +638,18 @@ constexpr const char* backward_schema =
     "Tensor? weight_hr, Tensor? lengths, Tensor? resets, int directions) -> "
     "(Tensor d_input_gates, Tensor d_hidden_gates, Tensor d_hx, Tensor d_cx, Tensor d_output)";
 
+// Absent results have shape (0,). On CUDA the two are Triton kernels (kernels/attention_scores.py).
+constexpr const char* attention_forward_schema =
+    "additive_attention_forward(Tensor query, Tensor key, Tensor value, Tensor weight, "
+    "Tensor? bias, Tensor? lengths, Tensor? mask, bool causal, float dropout_p, int seed, "
+    "bool want_weights, bool want_scores) -> (Tensor context, Tensor logsumexp, Tensor weights, "
+    "Tensor scores)";
+constexpr const char* attention_backward_schema =
+    "additive_attention_backward(Tensor? grad_context, Tensor? grad_weights, Tensor? grad_scores, "
+    "Tensor query, Tensor key, Tensor value, Tensor weight, Tensor? bias, Tensor? lengths, "
+    "Tensor? mask, bool causal, float dropout_p, int seed, Tensor context, Tensor logsumexp) -> "
+    "(Tensor d_query, Tensor d_key, Tensor d_value, Tensor d_weight, Tensor d_bias)";
+
 template <class Library>
 void implement(Library& library) {
 #define FUSED_RNN_IMPLEMENT(name, cell)                       \
@@ -517,10 +669,16 @@ FUSED_RNN_LIBRARY(FUSED_RNN_NAMESPACE, library) {
     library.def((std::string(cell.name) + fused_rnn::binding::forward_schema).c_str());
     library.def((std::string(cell.name) + fused_rnn::binding::backward_schema).c_str());
   }
+  library.def(fused_rnn::binding::attention_forward_schema);
+  library.def(fused_rnn::binding::attention_backward_schema);
 }
 
 FUSED_RNN_LIBRARY_IMPL(FUSED_RNN_NAMESPACE, CPU, library) {
   fused_rnn::binding::implement(library);
+  library.impl("additive_attention_forward",
+               TORCH_BOX(&fused_rnn::binding::additive_attention_forward));
+  library.impl("additive_attention_backward",
+               TORCH_BOX(&fused_rnn::binding::additive_attention_backward));
 }
 #ifdef FUSED_RNN_CUDA
 FUSED_RNN_LIBRARY_IMPL(FUSED_RNN_NAMESPACE, CUDA, library) {

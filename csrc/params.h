@@ -85,4 +85,45 @@ HOST_DEVICE const S* state_at(const void* data, int64_t B, int64_t n, int64_t la
   return static_cast<const S*>(data) + (lane * B + b) * n;
 }
 
+// ---- additive attention
+//
+// Letters: B batch rows, Q queries, K keys, A channels of the score, D channels of the values. All
+// tensors are contiguous.
+
+struct AttentionShape {
+  DType dtype;
+  int64_t B, Q, K, A, D;
+  const int64_t* lengths;  // (B), each within 0..K: keys beyond may not be attended to; or null
+  const bool* mask;        // (B, Q or 1, K), true: may be attended to; or null
+  bool mask_per_query;     // whether the mask has Q rows
+  bool causal;             // query i attends to keys 0..i
+  double dropout_p;        // of the weights; position (b*Q + i)*K + j of philox.h decides
+  uint64_t seed;
+
+  const void* query;   // (B, Q, A) s
+  const void* key;     // (B, K, A) s
+  const void* value;   // (B, K, D) s
+  const void* weight;  // (A) s
+  const void* bias;    // (A) s, or null
+};
+
+struct AttentionForwardParams : AttentionShape {
+  void* context;    // (B, Q, D) s
+  void* logsumexp;  // (B, Q) c; -inf for a row that may attend to nothing
+  void* weights;    // (B, Q, K) s, before dropout; or null
+  void* scores;     // (B, Q, K) s, -inf where not allowed; or null
+};
+
+struct AttentionBackwardParams : AttentionShape {
+  const void* grad_context;  // (B, Q, D) s, or null for zeros
+  const void* grad_weights;  // (B, Q, K) s, or null for zeros
+  const void* grad_scores;   // (B, Q, K) s, or null for zeros
+  const void* logsumexp;     // (B, Q) c, from forward
+  void* d_query;             // (B, Q, A) s
+  void* d_key;               // (B, K, A) s
+  void* d_value;             // (B, K, D) s
+  void* d_weight;            // (A) s
+  void* d_bias;              // (A) s, or null
+};
+
 }  // namespace fused_rnn

@@ -7,7 +7,7 @@ torch.nn's order: for each layer and direction weight_ih, weight_hh, then bias_i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
-from .autograd import run_layer
+from .autograd import run_additive_attention, run_layer
 from .reference import Weights
 
 
@@ -113,6 +113,87 @@ def rnn(
     )[:2]  # fmt: skip
 
 
+def additive_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    dropout_p: float = 0.0,
+    return_weights: bool = False,
+    return_scores: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
+    """Additive attention (Bahdanau et al. 2015, arXiv 1409.0473, appendix A.1.2), fused.
+
+    score_ij = sum_a weight_a tanh(query_ia + key_ja + bias_a), weights_i = softmax_j score_ij,
+    context_i = sum_j weights_ij value_j. Nothing of the size (B, Tq, Tk, A) is ever made, and of
+    (B, Tq, Tk) only what is returned; the gradient recomputes the scores.
+
+    Args:
+        query: (B, Tq, A), projected decoder states. key: (B, Tk, A), projected encoder states.
+        value: (B, Tk, D). weight: (A,), the score vector. bias: (A,), added inside tanh.
+        lengths: (B,) integers in 0..Tk; keys from lengths[b] on may not be attended to.
+        mask: bool (B, Tk) or (B, Tq, Tk), True where a query may attend to a key.
+        causal: query i may attend to keys 0..i only.
+        dropout_p: probability of dropping a weight, 1/(1-p) for the others; drawn from torch's
+            default generator. The returned weights are those before dropout.
+        return_weights: also return the weights (B, Tq, Tk).
+        return_scores: also return the scores (B, Tq, Tk), -inf where not allowed.
+
+    Returns:
+        context (B, Tq, D)[, weights][, scores]. A query that may attend to nothing gets zero
+        context, zero weights and zero gradient.
+
+    Raises:
+        RuntimeError: a shape, dtype or device does not fit; the message names the argument.
+        ValueError: dropout_p is outside [0, 1).
+    """
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p should be in [0, 1), got {dropout_p}")
+    tensors = (query, key, value, weight) if bias is None else (query, key, value, weight, bias)
+    for name, tensor in zip(("query", "key", "value"), tensors, strict=False):
+        if tensor.dim() != 3:
+            raise RuntimeError(
+                f"Expected {name} of three dimensions (B, T, channels), got {tuple(tensor.shape)}"
+            )
+    (B, Tq, A), Tk = query.shape, key.shape[1]
+    cast = _autocast_function(query.device.type)
+    query, key, value, weight, bias = map(cast, (query, key, value, weight, bias))  # type: ignore[assignment]
+    named = {"key": key, "value": value, "weight": weight} | (
+        {} if bias is None else {"bias": bias}
+    )
+    shapes = {"key": (B, Tk, A), "value": (B, Tk, value.shape[2]), "weight": (A,), "bias": (A,)}
+    for name, tensor in named.items():
+        if (
+            tensor.shape != shapes[name]
+            or tensor.dtype != query.dtype
+            or tensor.device != query.device
+        ):
+            raise RuntimeError(
+                f"Expected {name} of shape {shapes[name]} in query's dtype {query.dtype} on its "
+                f"device {query.device}, got {tuple(tensor.shape)} in {tensor.dtype} on "
+                f"{tensor.device}"
+            )
+    lengths = _check_lengths(lengths, query, B, Tk, "the keys")
+    if mask is not None:
+        per_query = isinstance(mask, Tensor) and mask.dim() == 3
+        expect_tensor("mask", mask, (B, Tq, Tk) if per_query else (B, Tk), query)
+        if mask.dtype != torch.bool:
+            raise RuntimeError(f"Expected mask of dtype torch.bool, got {mask.dtype}")
+        mask = (mask if per_query else mask.unsqueeze(1)).to(query.device, non_blocking=True)
+    seed = int(torch.randint(2**62, ())) if dropout_p > 0 else 0
+    context, weights, scores = run_additive_attention(
+        query, key, value, weight, bias, lengths, mask, causal, dropout_p, seed, return_weights,
+        return_scores,
+    )  # fmt: skip
+    wanted = [weights] * return_weights + [scores] * return_scores
+    return (context, *wanted) if wanted else context
+
+
 def step(
     cell: str, input: Tensor, h: Tensor | None, c: Tensor | None, weights: Weights
 ) -> tuple[Tensor, ...]:
@@ -161,7 +242,7 @@ def _run(
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     _check_weights(cell, input, layers)
     _check_states(cell, hx, cx, layers, B)
-    lengths = _check_lengths(lengths, input)
+    lengths = _check_lengths(lengths, input, B, T, "the timesteps of input")
     resets = _check_resets(resets, input, batch_first)
 
     D = len(layers[0])
@@ -224,9 +305,15 @@ def _autocast(
     input: Tensor, hx: Tensor | None, cx: Tensor | None, layers: list[list[Weights]]
 ) -> tuple[Tensor, Tensor | None, Tensor | None, list[list[Weights]]]:
     """Casts float arguments as torch.autocast does for its lower-precision ops."""
-    device = input.device.type
+    cast = _autocast_function(input.device.type)
+    cast_layers = [[Weights(*map(cast, lane)) for lane in lanes] for lanes in layers]  # type: ignore[arg-type]
+    return cast(input), cast(hx), cast(cx), cast_layers  # type: ignore[return-value]
+
+
+def _autocast_function(device: str) -> Callable[[Tensor | None], Tensor | None]:
+    """What torch.autocast does to an argument of its lower-precision ops."""
     if device == "meta" or not torch.is_autocast_enabled(device):
-        return input, hx, cx, layers
+        return lambda tensor: tensor
     dtype = torch.get_autocast_dtype(device)
 
     def cast(tensor: Tensor | None) -> Tensor | None:
@@ -234,8 +321,7 @@ def _autocast(
             return tensor
         return tensor.to(dtype)
 
-    cast_layers = [[Weights(*map(cast, lane)) for lane in lanes] for lanes in layers]  # type: ignore[arg-type]
-    return cast(input), cast(hx), cast(cx), cast_layers  # type: ignore[return-value]
+    return cast
 
 
 def _check_weights(cell: str, input: Tensor, layers: list[list[Weights]]) -> None:
@@ -293,22 +379,24 @@ def expect_tensor(name: str, value: Any, shape: tuple[int, ...], like: Tensor) -
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-def _check_lengths(lengths: Tensor | None, input: Tensor) -> Tensor | None:
+def _check_lengths(
+    lengths: Tensor | None, like: Tensor, B: int, limit: int, what: str
+) -> Tensor | None:
+    """(B,) int64 lengths within 0..limit on the device of ``like``."""
     if lengths is None:
         return None
-    T, B, _ = input.shape
-    expect_tensor("lengths", lengths, (B,), input)
+    expect_tensor("lengths", lengths, (B,), like)
     if lengths.dtype not in _INTEGERS:
         raise RuntimeError(f"Expected lengths of an integer dtype, got {lengths.dtype}")
-    if input.device.type not in ("cpu", "meta"):
+    if like.device.type not in ("cpu", "meta"):
         # The CPU op checks the range itself; elsewhere it must not wait for the device.
-        inside = ((lengths >= 0) & (lengths <= T)).all()
-        message = f"Expected lengths within 0..{T} (the timesteps of input)"
+        inside = ((lengths >= 0) & (lengths <= limit)).all()
+        message = f"Expected lengths within 0..{limit} ({what})"
         if lengths.device.type != "cpu":
             torch._assert_async(inside, message)
         elif not inside:
             raise RuntimeError(f"{message}, got {lengths.tolist()}")
-    return lengths.to(device=input.device, dtype=torch.int64, non_blocking=True)
+    return lengths.to(device=like.device, dtype=torch.int64, non_blocking=True)
 
 
 def _check_resets(resets: Tensor | None, input: Tensor, batch_first: bool) -> Tensor | None:

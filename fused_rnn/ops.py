@@ -6,7 +6,8 @@ nothing else; the schemas and their letters stand in ``csrc/binding.cpp`` and ``
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import importlib
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -104,3 +105,65 @@ def _register_fakes(cell: CellTraits) -> None:
 
 for _cell in CELLS.values():
     _register_fakes(_cell)
+
+
+@torch.library.register_fake("fused_rnn::additive_attention_forward")
+def _attention_forward_fake(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lengths: Tensor | None,
+    mask: Tensor | None,
+    causal: bool,
+    dropout_p: float,
+    seed: int,
+    want_weights: bool,
+    want_scores: bool,
+) -> tuple[Tensor, ...]:
+    B, Tq, _ = query.shape
+    pairs = (B, Tq, key.shape[1])
+    return (
+        query.new_empty((B, Tq, value.shape[2])),
+        query.new_empty((B, Tq), dtype=compute_dtype(query.dtype)),
+        query.new_empty(pairs if want_weights else (0,)),
+        query.new_empty(pairs if want_scores else (0,)),
+    )
+
+
+@torch.library.register_fake("fused_rnn::additive_attention_backward")
+def _attention_backward_fake(
+    grad_context: Tensor | None,
+    grad_weights: Tensor | None,
+    grad_scores: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lengths: Tensor | None,
+    mask: Tensor | None,
+    causal: bool,
+    dropout_p: float,
+    seed: int,
+    context: Tensor,
+    logsumexp: Tensor,
+) -> tuple[Tensor, ...]:
+    shapes = [t.shape for t in (query, key, value, weight)]
+    return tuple(query.new_empty(s) for s in (*shapes, (0,) if bias is None else bias.shape))
+
+
+def _triton_kernels() -> Any:
+    # When first needed: triton is there where CUDA is, and slow to import.
+    return importlib.import_module("fused_rnn.kernels.attention_scores")
+
+
+@torch.library.impl("fused_rnn::additive_attention_forward", "CUDA")
+def _attention_forward_cuda(*args: Any) -> tuple[Tensor, ...]:
+    return _triton_kernels().forward(*args)
+
+
+@torch.library.impl("fused_rnn::additive_attention_backward", "CUDA")
+def _attention_backward_cuda(*args: Any) -> tuple[Tensor, ...]:
+    return _triton_kernels().backward(*args)

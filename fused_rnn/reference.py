@@ -8,6 +8,7 @@ Letters: T timesteps, B batch rows, I inputs, H hidden units, P width of h (H wi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -188,3 +189,89 @@ def stacked(
             c_n.append(c)
             last_cells = cells.flatten(2)
     return input, torch.cat(h_n), torch.cat(c_n) if c_n else None, last_cells
+
+
+def additive_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    allowed: Tensor | None = None,
+    keep: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Additive attention (Bahdanau et al. 2015, arXiv 1409.0473, appendix A.1.2).
+
+    score_ij = sum_a weight_a tanh(query_ia + key_ja + bias_a), weights_i = softmax_j score_ij over
+    the keys that may be attended to, context_i = sum_j weights_ij value_j.
+
+    Args:
+        query: (B, Tq, A). key: (B, Tk, A). value: (B, Tk, D). weight, bias: (A,).
+        allowed: bool, broadcastable to (B, Tq, Tk), True where i may attend to j.
+        keep: (B, Tq, Tk), factors of dropout on the weights: 0 or 1 / (1 - p).
+
+    Returns:
+        context (B, Tq, D), weights (B, Tq, Tk) before dropout, scores (B, Tq, Tk), -inf where j may
+        not be attended to. A row without any allowed key has zero context and weights.
+    """
+    pairs = query.unsqueeze(2) + key.unsqueeze(1)
+    scores = torch.tanh(pairs if bias is None else pairs + bias) @ weight
+    if allowed is None:
+        weights = torch.softmax(scores, dim=-1)
+    else:
+        allowed = allowed.expand_as(scores)
+        nothing = ~allowed.any(dim=-1, keepdim=True)
+        # A row of -inf has no softmax, nor a gradient; it gets zeros in its stead.
+        weights = torch.softmax(scores.masked_fill(~allowed & ~nothing, -torch.inf), dim=-1)
+        weights = weights.masked_fill(nothing, 0)
+        scores = scores.masked_fill(~allowed, -torch.inf)
+    return (weights if keep is None else weights * keep) @ value, weights, scores
+
+
+def allowed_pairs(
+    shape: tuple[int, int, int],
+    lengths: Tensor | None,
+    mask: Tensor | None,
+    causal: bool,
+    device: torch.device,
+) -> Tensor:
+    """(B, Tq, Tk) bool: whether query i may attend to key j.
+
+    lengths: (B,), keys before lengths[b]. mask: bool, broadcastable. causal: keys 0..i.
+    """
+    B, _, Tk = shape
+    allowed = torch.ones(shape, dtype=torch.bool, device=device)
+    if lengths is not None:
+        allowed = allowed & (torch.arange(Tk, device=device) < lengths.view(B, 1, 1))
+    if mask is not None:
+        allowed = allowed & mask
+    return allowed.tril() if causal else allowed
+
+
+def dropout_keep(seed: int, shape: tuple[int, int, int], p: float, like: Tensor) -> Tensor:
+    """The factors of dropout on attention weights: 0 with probability p, else 1 / (1 - p).
+
+    Philox 4x32-10 (Salmon et al. 2011) of the seed and of an element's position in ``shape``, the
+    same numbers as the kernels' (csrc/philox.h).
+    """
+    low = 0xFFFFFFFF
+    position = torch.arange(math.prod(shape), device=like.device)
+    c0, c1 = position & low, position >> 32
+    c2, c3 = torch.zeros_like(position), torch.zeros_like(position)
+    k0, k1 = seed & low, (seed >> 32) & low
+    for _ in range(10):
+        a_high, a_low = _multiply(0xD2511F53, c0)
+        b_high, b_low = _multiply(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = b_high ^ c1 ^ k0, b_low, a_high ^ c3 ^ k1, a_low
+        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
+    # Below 2^31 as it is, from there on mirrored: the float that the kernels make of it.
+    magnitude = torch.where(c0 < 2**31, c0, low - c0)
+    uniform = magnitude.float() * 4.6566127342e-10
+    return (uniform > p).to(like).view(shape) / (1 - p)
+
+
+def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of a product of 32-bit numbers, in int64 without overflow."""
+    low = a * (b & 0xFFFF)
+    high = a * (b >> 16) + (low >> 16)
+    return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)

@@ -8,11 +8,16 @@
 
 namespace fused_rnn {
 
-#define FUSED_RNN_DECLARE(isa)                                  \
-  namespace isa {                                               \
-  cpu::ForwardFn forward_function(cpu::CellId cell, DType d);   \
-  cpu::BackwardFn backward_function(cpu::CellId cell, DType d); \
+#define FUSED_RNN_DECLARE(isa)                                   \
+  namespace isa {                                                \
+  cpu::ForwardFn forward_function(cpu::CellId cell, DType d);    \
+  cpu::BackwardFn backward_function(cpu::CellId cell, DType d);  \
+  cpu::AttentionForwardFn attention_forward_function(DType d);   \
+  cpu::AttentionBackwardFn attention_backward_function(DType d); \
   }
+#define FUSED_RNN_FUNCTIONS(isa)                                                  \
+  isa::forward_function, isa::backward_function, isa::attention_forward_function, \
+      isa::attention_backward_function
 FUSED_RNN_DECLARE(portable)
 #if defined(__x86_64__)
 FUSED_RNN_DECLARE(avx2)
@@ -29,15 +34,15 @@ const InstructionSet sets[] = {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
      },
-     avx512::forward_function, avx512::backward_function},
+     FUSED_RNN_FUNCTIONS(avx512)},
     {"avx2",
      [] {
        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
               __builtin_cpu_supports("f16c");
      },
-     avx2::forward_function, avx2::backward_function},
+     FUSED_RNN_FUNCTIONS(avx2)},
 #endif
-    {"portable", [] { return true; }, portable::forward_function, portable::backward_function},
+    {"portable", [] { return true; }, FUSED_RNN_FUNCTIONS(portable)},
 };
 
 const InstructionSet& choose() {

@@ -20,6 +20,8 @@ struct Host {
 
 using ForwardFn = void (*)(const ForwardParams&, const Host&);
 using BackwardFn = void (*)(const BackwardParams&, const Host&);
+using AttentionForwardFn = void (*)(const AttentionForwardParams&, const Host&);
+using AttentionBackwardFn = void (*)(const AttentionBackwardParams&, const Host&);
 
 enum class CellId : int;
 
@@ -29,6 +31,8 @@ struct InstructionSet {
   bool (*supported)();
   ForwardFn (*forward)(CellId cell, DType dtype);
   BackwardFn (*backward)(CellId cell, DType dtype);
+  AttentionForwardFn (*attention_forward)(DType dtype);
+  AttentionBackwardFn (*attention_backward)(DType dtype);
 };
 
 // All copies in this binary, best first; the last runs anywhere.

@@ -8,6 +8,7 @@
 
 #include "../cells/cells.h"
 #include "../dtype.h"
+#include "../philox.h"
 #include "../step.h"
 #include "engine.h"
 #include "plan.h"
@@ -19,6 +20,8 @@ namespace FUSED_RNN_ISA {
 #include "simd.h"
 #include "product.h"
 
+using cpu::AttentionBackwardFn;
+using cpu::AttentionForwardFn;
 using cpu::BackwardFn;
 using cpu::CellId;
 using cpu::Division;
@@ -29,6 +32,7 @@ using cpu::RowOrder;
 using cpu::run_phases;
 
 #include "recurrence.h"
+#include "attention.h"
 
 template <class Cell, class S>
 void forward(const ForwardParams& p, const Host& host) {
@@ -53,6 +57,28 @@ BackwardFn backward_function(CellId cell, DType dtype) {
 #define FUSED_RNN_BACKWARD(name, cell) FUSED_RNN_ROW(backward, cell),
   static constexpr BackwardFn table[][4] = {FUSED_RNN_FOR_EACH_CELL(FUSED_RNN_BACKWARD)};
   return table[static_cast<int>(cell)][static_cast<int>(dtype)];
+}
+
+template <class S>
+void attention_forward(const AttentionForwardParams& p, const Host& host) {
+  AttentionForward<S>(p, host).run();
+}
+template <class S>
+void attention_backward(const AttentionBackwardParams& p, const Host& host) {
+  AttentionBackward<S>(p, host).run();
+}
+
+#define FUSED_RNN_BY_DTYPE(function) \
+  {function<float>, function<double>, function<BFloat16>, function<Half>}
+
+AttentionForwardFn attention_forward_function(DType dtype) {
+  static constexpr AttentionForwardFn table[] = FUSED_RNN_BY_DTYPE(attention_forward);
+  return table[static_cast<int>(dtype)];
+}
+
+AttentionBackwardFn attention_backward_function(DType dtype) {
+  static constexpr AttentionBackwardFn table[] = FUSED_RNN_BY_DTYPE(attention_backward);
+  return table[static_cast<int>(dtype)];
 }
 
 }  // namespace FUSED_RNN_ISA

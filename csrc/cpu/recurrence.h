@@ -33,6 +33,15 @@ class Arena {
   size_t used_ = 0;
 };
 
+// Gives `user` the scratch that its take_memory asks for.
+template <class User>
+void take_all(const Host& host, User& user) {
+  Arena measure;
+  user.take_memory(measure);
+  Arena arena(host.allocate(host.allocator, measure.used()));
+  user.take_memory(arena);
+}
+
 // Calls f(begin, end) over 0..count, on several threads if that is `worthwhile`.
 template <class F>
 void parallel(const Host& host, int64_t count, bool worthwhile, const F& f) {
@@ -105,10 +114,7 @@ class Forward {
         division(p, Cell::gates, gate_panels.count, Cell::gates * p.H * p.P * sizeof(C),
                  host.threads),
         order(p, division.blocks) {
-    Arena measure;
-    lay_out(measure);
-    Arena arena(host.allocate(host.allocator, measure.used()));
-    lay_out(arena);
+    take_all(host, *this);
   }
 
   void run() {
@@ -125,10 +131,7 @@ class Forward {
               });
   }
 
- private:
-  int64_t phases_per_step() const { return p.projected ? 2 : 1; }
-
-  void lay_out(Arena& arena) {
+  void take_memory(Arena& arena) {
     gate_panels.take_memory(arena, p.L);
     projection_panels.take_memory(arena, p.L);
     h_state[0] = arena.take<C>(p.L * p.B * h_width);
@@ -136,6 +139,9 @@ class Forward {
     if (Cell::has_c) c_state = arena.take<C>(p.L * p.B * c_width);
     if (p.projected) m_state = arena.take<C>(p.L * p.B * c_width);
   }
+
+ private:
+  int64_t phases_per_step() const { return p.projected ? 2 : 1; }
 
   C* h_row(int64_t buffer, int64_t lane, int64_t i) const {
     return h_state[buffer & 1] + (lane * p.B + i) * h_width;
@@ -243,10 +249,7 @@ class Backward {
         division(p, Cell::gates, hidden_panels.count, Cell::gates * p.H * p.P * sizeof(C),
                  host.threads),
         order(p, division.blocks) {
-    Arena measure;
-    lay_out(measure);
-    Arena arena(host.allocate(host.allocator, measure.used()));
-    lay_out(arena);
+    take_all(host, *this);
   }
 
   void run() {
@@ -264,10 +267,7 @@ class Backward {
               });
   }
 
- private:
-  int64_t phases_per_step() const { return p.projected ? 2 : 1; }
-
-  void lay_out(Arena& arena) {
+  void take_memory(Arena& arena) {
     hidden_panels.take_memory(arena, p.L);
     projection_panels.take_memory(arena, p.L);
     d_gates_state[0] = arena.take<C>(p.L * p.B * gates_width);
@@ -276,6 +276,9 @@ class Backward {
     if (Cell::has_c) d_c_state = arena.take<C>(p.L * p.B * c_width);
     if (p.projected) d_output_state = arena.take<C>(p.L * p.B * h_width);
   }
+
+ private:
+  int64_t phases_per_step() const { return p.projected ? 2 : 1; }
 
   C* gates_row(int64_t buffer, int64_t lane, int64_t i) const {
     return d_gates_state[buffer & 1] + (lane * p.B + i) * gates_width;
