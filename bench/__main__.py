@@ -9,13 +9,16 @@ from pathlib import Path
 
 import torch
 
-from . import doctor, layers, machine, shapes
+from . import attention, doctor, layers, machine, shapes
 
 # What each measuring command runs: its shapes, and the seconds of timing spent on each row.
 COMMANDS = {
     "quick": (shapes.QUICK, 0.8),
     "cpu": (shapes.CPU, 3.0),
 }
+
+
+ATTENTION_S = 2.0  # of timing on each row of the attention command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, text in (
         ("quick", "the smaller shapes, about a minute on two cores (the default)"),
         ("cpu", "all eight shapes, several minutes"),
+        ("attention", "additive attention against eager PyTorch and torch.compile of it"),
     ):
         command = commands.add_parser(name, help=text, description=text)
         _measuring_options(command)
@@ -70,23 +74,34 @@ def _measure(options: argparse.Namespace) -> int:
         if options.threads < 1:
             raise SystemExit(f"--threads {options.threads}: expected at least 1")
         torch.set_num_threads(options.threads)
-    selected, budget_s = COMMANDS[options.command]
     facts = machine.facts()
 
     console = report.console()
     console.print(report.headline(facts, str(device)))
     rows: list[layers.Row] = []
     with report.progress(console) as progress:
-        total = len(shapes.CELLS) * len(selected) * len(shapes.MODES)
-        task = progress.add_task("", total=total)
+        task = progress.add_task("", total=None)
 
         def announce(what: str) -> None:
             progress.update(task, description=what)
 
-        for row in layers.measure(shapes.CELLS, selected, device, budget_s, announce):
+        if options.command == "attention":
+            what, peer = "against", "peer"
+            measured = attention.measure(attention.SHAPES, device, ATTENTION_S, announce)
+            total = len(attention.SHAPES) * len(shapes.MODES) * len(attention.peers())
+        else:
+            what, peer = "cell", "torch.nn"
+            selected, budget_s = COMMANDS[options.command]
+            measured = layers.measure(shapes.CELLS, selected, device, budget_s, announce)
+            total = len(selected) * len(shapes.MODES) * len(shapes.CELLS)
+        progress.update(task, total=total)
+        for row in measured:
             rows.append(row)
             progress.advance(task)
-    console.print(report.table(rows))
+    console.print(report.table(rows, what, peer))
+    memory = report.memory_table(rows)
+    if memory is not None:
+        console.print(memory)
     console.print(report.LEGEND)
     failures = report.failures(rows)
     for line in failures:

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +21,14 @@ from .shapes import MODES, Shape
 class Row:
     """One measurement; ``time`` is None where the check failed."""
 
-    cell: str
+    cell: str  # or, where there is one computation and several peers, the peer
     mode: str
-    shape: Shape
+    shape: NamedTuple
     device: str
     dtype: str
     check: timing.Check
     time: timing.Timing | None
+    peak_bytes: tuple[int | None, int | None] = (None, None)  # ours and the peer's, of one call
 
 
 def pair(cell: str, mode: str, shape: Shape, device: torch.device) -> timing.Pair:

@@ -19,7 +19,7 @@ from .layers import Row, geometric_means
 from .shapes import MODES
 
 LEGEND = (
-    "Milliseconds per call, float32. x: torch.nn's time over ours, median over rounds\n"
+    "Milliseconds per call, float32. x: the peer's time over ours, median over rounds\n"
     "in turns; above 1 ours is faster. Mean: geometric. Results were checked first."
 )
 
@@ -46,17 +46,20 @@ def headline(machine: dict[str, Any], device: str) -> str:
     )
 
 
-def table(rows: Sequence[Row]) -> Table:
-    """One line per cell and shape, forward and training side by side, a mean under each cell."""
+def table(rows: Sequence[Row], what: str, peer: str) -> Table:
+    """One line per cell and shape, forward and training side by side, a mean under each cell.
+
+    ``what`` heads the first column, ``peer`` the peer's times.
+    """
     result = Table(
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
-    result.add_column("cell")
-    result.add_column("T,B,I,H")
+    result.add_column(what)
+    result.add_column(",".join(rows[0].shape._fields))
     for mode in MODES:
         result.add_column(mode, justify="right")
-        result.add_column("torch.nn", justify="right")
+        result.add_column(peer, justify="right")
         result.add_column("x", justify="right")
     means = geometric_means(rows)
     for cell in _in_order(row.cell for row in rows):
@@ -71,6 +74,22 @@ def table(rows: Sequence[Row]) -> Table:
             mean = means.get((cell, mode))
             line += ["", "", Text("-" if mean is None else f"{mean:.2f}", "bold")]
         result.add_row(*line, end_section=True)
+    return result
+
+
+def memory_table(rows: Sequence[Row]) -> Table | None:
+    """Peak memory of one call, ours and the peer's; None if it was not measured."""
+    measured = [row for row in rows if None not in row.peak_bytes]
+    if not measured:
+        return None
+    result = Table(box=box.SIMPLE_HEAD, title="peak memory of one call, MB", title_justify="left")
+    for name in ("peer", ",".join(rows[0].shape._fields), "mode"):
+        result.add_column(name)
+    for name in ("ours", "peer"):
+        result.add_column(name, justify="right")
+    for row in measured:
+        megabytes = [f"{(peak or 0) / 2**20:.1f}" for peak in row.peak_bytes]
+        result.add_row(row.cell, str(row.shape), row.mode, *megabytes)
     return result
 
 

@@ -7,11 +7,13 @@ both, and the figure is the median over the rounds of the ratio of their times.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -68,12 +70,13 @@ class Timing:
     calls: int  # of our side in each round
 
 
-def check(pair: Pair) -> Check:
+def check(pair: Pair, relative: float | None = None) -> Check:
     """Holds ours to twice the peer's own error against float64, plus one rounding of the result.
 
     The error of a result is the largest difference of any element. One rounding is the dtype's
     epsilon times the result's largest value: it keeps a peer that is exact by luck from asking for
-    the impossible.
+    the impossible. Where ``relative`` is given, the limit is that share of the result's largest
+    value instead.
     """
     exact = pair.exact()
     peer = pair.peer()
@@ -94,7 +97,10 @@ def check(pair: Pair) -> Check:
             return Check(False, name, 0.0, 0.0, 0.0, message)
         error = _largest(result.double() - truth)
         peer_error = _largest(peer[name].double() - truth)
-        limit = 2 * peer_error + torch.finfo(result.dtype).eps * _largest(truth)
+        scale = _largest(truth)
+        limit = 2 * peer_error + torch.finfo(result.dtype).eps * scale
+        if relative is not None:
+            limit = relative * scale
         passed = error <= limit  # false for NaN
         over = error / limit if limit > 0 else float(error > 0)
         if not passed:
@@ -124,6 +130,32 @@ def interleave(pair: Pair, budget_s: float) -> Timing:
     return Timing(
         statistics.median(ours), statistics.median(peer), middle, low, high, len(ours), ours_calls
     )
+
+
+def peak_bytes(run: Run, device: torch.device) -> int | None:
+    """Most memory that one call holds beyond what is held before; None where nothing tells."""
+    run()
+    if device.type == "cuda":
+        _synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # freed memory would be used again without showing
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts again from now
+        before = _status_bytes("VmRSS")
+        run()
+        return _status_bytes("VmHWM") - before
+    except (OSError, AttributeError):
+        return None
+
+
+def _status_bytes(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"no {field} in /proc/self/status")
 
 
 def _largest(tensor: Tensor) -> float:
