@@ -1,6 +1,7 @@
 """Recurrent networks in PyTorch, fast for everyone: fused drop-ins for torch.nn's RNN layers."""
 
 from . import functional
+from .attention import Attention, AttentionDecoder
 from .convert import convert, patch
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 
@@ -10,6 +11,8 @@ __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "Attention",
+    "AttentionDecoder",
     "GRUCell",
     "LSTMCell",
     "RNNCell",
