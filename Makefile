@@ -24,6 +24,7 @@ FORMATTED := $(filter %.h %.cpp %.cu %.cuh,$(SOURCES))
 
 demo: $(VENV)/.built
 	$(BIN)/python examples/sentiment.py
+	$(BIN)/python examples/translate.py --short
 	$(BIN)/fused-rnn-bench quick
 
 test: $(VENV)/.built
