@@ -251,7 +251,9 @@ def test_dropout(Tq: int) -> None:
     assert abs(1 - keep.double().mean().item() - p) < 5 * deviation
     torch.testing.assert_close(dropped, weights * keep / (1 - p))
     assert torch.equal(run(7)[0], dropped)
-    assert not torch.equal(run(8)[0], dropped)
+    for seed in (7, 8, 2**40 + 3):
+        specified = reference.dropout_keep(seed, (B, Tq, Tk), p, dropped)
+        assert torch.equal(run(seed)[0] != 0, specified != 0)
 
     tensors[2] = torch.randn(B, Tk, 4)
     check(tensors, dropout_p=p, keep=keep / (1 - p))
