@@ -41,7 +41,15 @@ def extension():
     # Error messages name the source file; not where this machine keeps it.
     prefix = f"-fmacro-prefix-map={Path.cwd()}/="
     # GCC 12 warns about its own AVX-512 headers, and of vector arguments that are always inlined.
-    cxx = [*flags, prefix, "-g0", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized"]
+    cxx = [
+        *flags,
+        prefix,
+        "-g0",
+        "-fvisibility=hidden",
+        "-Wall",
+        "-Wno-psabi",
+        "-Wno-maybe-uninitialized",
+    ]
     common = {
         "name": "fused_rnn._C",
         # Before torch's: some torch releases ship a pybind11 that refuses stable-ABI builds.
