@@ -354,9 +354,10 @@ def _differentiable_attention_backward(
         shape = (query.shape[0], query.shape[1], key.shape[1])
         allowed = reference.allowed_pairs(shape, tensors[5], tensors[6], ctx.causal, query.device)
         keep = reference.dropout_keep(ctx.seed, shape, ctx.dropout_p, query)
-        results = reference.additive_attention(query, key, value, weight, bias, allowed, keep)
-        # A score that is not allowed is a constant, and its gradient not to be multiplied by 0.
-        context, weights, scores = results
+        context, weights, scores = reference.additive_attention(
+            query, key, value, weight, bias, allowed, keep
+        )
+        # A score that is not allowed is a constant; its -inf must not meet a gradient.
         pairs = [
             (r, g.to(r.dtype))
             for r, g in zip((context, weights, scores.masked_fill(~allowed, 0)), grads, strict=True)
