@@ -98,11 +98,16 @@ def _measure(options: argparse.Namespace) -> int:
         for row in measured:
             rows.append(row)
             progress.advance(task)
-    console.print(report.table(rows, what, peer))
+    # Products run at the arithmetic's speed on the CPU; nobody counted what the GPU's could do.
+    peak = machine.multiply_add_flops() if what == "cell" and device.type == "cpu" else None
+    console.print(report.table(rows, what, peer, peak))
     memory = report.memory_table(rows)
     if memory is not None:
         console.print(memory)
     console.print(report.LEGEND)
+    if peak is not None:
+        facts["multiply_add_flops"] = peak
+        console.print(report.peak_legend(peak))
     failures = report.failures(rows)
     for line in failures:
         console.print(line, style="red", soft_wrap=True)

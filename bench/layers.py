@@ -29,6 +29,11 @@ class Row:
     check: timing.Check
     time: timing.Timing | None
     peak_bytes: tuple[int | None, int | None] = (None, None)  # ours and the peer's, of one call
+    flops: int | None = None  # of the matrix products of one call; what is around them is not counted
+
+    @property
+    def flops_per_s(self) -> float | None:
+        return None if self.flops is None or self.time is None else self.flops / self.time.ours_s
 
 
 def pair(cell: str, mode: str, shape: Shape, device: torch.device) -> timing.Pair:
@@ -72,7 +77,15 @@ def measure(
                 both = pair(cell, mode, shape, device)
                 check = timing.check(both)
                 time = timing.interleave(both, budget_s) if check.passed else None
-                yield Row(cell, mode, shape, str(device), "float32", check, time)
+                flops = product_flops(cell, mode, shape)
+                yield Row(cell, mode, shape, str(device), "float32", check, time, flops=flops)
+
+
+def product_flops(cell: str, mode: str, shape: Shape) -> int:
+    """Operations in the products with weight_ih and weight_hh; their gradients are twice as many."""
+    gates = {"RNN": 1, "GRU": 3, "LSTM": 4}[cell]
+    forward = 2 * shape.T * shape.B * gates * shape.H * (shape.I + shape.H)
+    return forward if mode == "forward" else 3 * forward
 
 
 def geometric_means(rows: Sequence[Row]) -> dict[tuple[str, str], float]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,21 @@ def facts() -> dict[str, Any]:
 def engines() -> dict[str, bool]:
     """Every engine of the library and whether this build has it."""
     return {"cpu": True, "per_step": has_cuda_engine()}
+
+
+def multiply_add_flops() -> float:
+    """Floating-point operations a second, float32, of as many threads as torch uses: no product can
+    do more on this machine. The best of several runs."""
+    threads = torch.get_num_threads()
+    rounds = 200_000
+    best = 0.0
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(20):
+            start = time.perf_counter()
+            done = sum(pool.map(_C.multiply_adds, [rounds] * threads))
+            best = max(best, done / (time.perf_counter() - start))
+            rounds = max(rounds, int(rounds * 0.02 / (time.perf_counter() - start)))
+    return best
 
 
 def has_cuda_engine() -> bool:

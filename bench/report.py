@@ -24,6 +24,13 @@ LEGEND = (
 )
 
 
+def peak_legend(peak_flops: float) -> str:
+    return (
+        "GF/s: our matrix products, in 10^9 operations a second; %: of what multiply-adds\n"
+        f"alone reach here, {peak_flops / 1e9:.0f}."
+    )
+
+
 def console() -> Console:
     return Console(highlight=False)
 
@@ -46,10 +53,11 @@ def headline(machine: dict[str, Any], device: str) -> str:
     )
 
 
-def table(rows: Sequence[Row], what: str, peer: str) -> Table:
+def table(rows: Sequence[Row], what: str, peer: str, peak_flops: float | None = None) -> Table:
     """One line per cell and shape, forward and training side by side, a mean under each cell.
 
-    ``what`` heads the first column, ``peer`` the peer's times.
+    ``what`` heads the first column, ``peer`` the peer's times. With ``peak_flops`` the peer's times
+    make room for our operations a second and their share of that.
     """
     result = Table(
         box=box.SIMPLE_HEAD,
@@ -59,20 +67,26 @@ def table(rows: Sequence[Row], what: str, peer: str) -> Table:
     result.add_column(",".join(rows[0].shape._fields))
     for mode in MODES:
         result.add_column(mode, justify="right")
-        result.add_column(peer, justify="right")
+        if peak_flops is None:
+            result.add_column(peer, justify="right")
         result.add_column("x", justify="right")
+        if peak_flops is not None:
+            result.add_column("GF/s", justify="right")
+            result.add_column("%", justify="right")
     means = geometric_means(rows)
     for cell in _in_order(row.cell for row in rows):
         mine = [row for row in rows if row.cell == cell]
         for shape in _in_order(row.shape for row in mine):
             line: list[str | Text] = [cell, str(shape)]
             for mode in MODES:
-                line += _cells(next(r for r in mine if (r.shape, r.mode) == (shape, mode)))
+                row = next(r for r in mine if (r.shape, r.mode) == (shape, mode))
+                line += _cells(row, peak_flops)
             result.add_row(*line)
         line = [Text(cell, "bold"), Text("mean", "bold")]
         for mode in MODES:
             mean = means.get((cell, mode))
-            line += ["", "", Text("-" if mean is None else f"{mean:.2f}", "bold")]
+            bold = Text("-" if mean is None else f"{mean:.2f}", "bold")
+            line += ["", "", bold] if peak_flops is None else ["", bold, "", ""]
         result.add_row(*line, end_section=True)
     return result
 
@@ -125,14 +139,16 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _cells(row: Row) -> list[str | Text]:
+def _cells(row: Row, peak_flops: float | None) -> list[str | Text]:
     if row.time is None:
-        return ["", "", Text("FAILED", "bold red")]
-    return [
-        _milliseconds(row.time.ours_s),
-        _milliseconds(row.time.peer_s),
-        Text(f"{row.time.ratio:.2f}", "green" if row.time.ratio >= 1 else "yellow"),
-    ]
+        failed = Text("FAILED", "bold red")
+        return ["", "", failed] if peak_flops is None else ["", failed, "", ""]
+    ratio = Text(f"{row.time.ratio:.2f}", "green" if row.time.ratio >= 1 else "yellow")
+    ours = _milliseconds(row.time.ours_s)
+    if peak_flops is None:
+        return [ours, _milliseconds(row.time.peer_s), ratio]
+    flops = row.flops_per_s or 0.0
+    return [ours, ratio, f"{flops / 1e9:.0f}", f"{100 * flops / peak_flops:.0f}"]
 
 
 def _milliseconds(seconds: float) -> str:

@@ -9,6 +9,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include <torch/csrc/stable/accelerator.h>
@@ -37,6 +38,7 @@ namespace fused_rnn::binding {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+using TensorList = std::vector<Tensor>;
 
 enum class CellIndex : int {
 #define FUSED_RNN_INDEX(name, cell) name,
@@ -124,15 +126,36 @@ const void* pointer(const OptionalTensor& tensor) {
   return tensor ? tensor->const_data_ptr() : nullptr;
 }
 
-// A (T, B, L, n) tensor; the caller has seen to a contiguous last dimension.
+// A (T, B, L, n) tensor; here and below the caller has seen to a contiguous last dimension.
 Sequence sequence(const Tensor& tensor) {
   return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }
 
 Sequence sequence(const OptionalTensor& tensor) { return tensor ? sequence(*tensor) : Sequence{}; }
 
+// A (T, B, L*n) tensor: the lanes side by side, or one for all of them with n = 0.
+Sequence flat_sequence(const Tensor& tensor, int64_t n) {
+  return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), n};
+}
+
+// A (T, B, L, S*H) tensor.
+Reserve natural_reserve(const Tensor& tensor, int64_t H) {
+  return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1),
+          tensor.stride(2),  Reserve::block,   H};
+}
+
+// A (T, L, H/16, B, S, 16) tensor.
+Reserve blocked_reserve(const Tensor& tensor) {
+  return {tensor.data_ptr(), tensor.stride(0), tensor.stride(3),
+          tensor.stride(1),  tensor.stride(2), tensor.stride(4)};
+}
+
+int64_t reserve_blocks(int64_t H) { return (H + Reserve::block - 1) / Reserve::block; }
+
 Tensor with_contiguous_units(const Tensor& tensor) {
-  return tensor.size(3) <= 1 || tensor.stride(3) == 1 ? tensor : torch::stable::contiguous(tensor);
+  const int64_t last = tensor.dim() - 1;
+  return tensor.stride(last) == 1 || tensor.size(last) <= 1 ? tensor
+                                                            : torch::stable::contiguous(tensor);
 }
 
 OptionalTensor with_contiguous_units(const OptionalTensor& tensor) {
@@ -218,39 +241,17 @@ void run_per_step(const CellTraits& cell, const Params& p, const Tensor& like) {
 }
 #endif
 
-const cpu::InstructionSet& cpu_engine(const CellTraits& cell, const Tensor& like) {
-  STD_TORCH_CHECK(like.is_cpu(), cell.name,
-                  ": this build of fused_rnn has an engine for the CPU only; build it with a torch "
-                  "that has CUDA, and nvcc");
-  return cpu::active_instruction_set();
-}
-
-// The choice of engine. In the test build per_step serves the CPU as well.
-bool takes_per_step(const Tensor& like) {
-#ifdef FUSED_RNN_CUDA_ON_CPU
-  return like.is_cpu();
-#else
-  return like.is_cuda();
-#endif
-}
-
-void run(const CellTraits& cell, const ForwardParams& p, const Tensor& like) {
-#ifdef FUSED_RNN_PER_STEP
-  if (takes_per_step(like)) return run_per_step(cell, p, like);
-#endif
-  const auto engine = cpu_engine(cell, like).forward(cpu::CellId(cell.index), p.dtype);
+void run(const CellTraits& cell, const LayerForwardParams& p) {
+  const auto engine = cpu::active_instruction_set().forward(cpu::CellId(cell.index), p.dtype);
   on_cpu([&](const cpu::Host& host) { engine(p, host); });
 }
 
-void run(const CellTraits& cell, const BackwardParams& p, const Tensor& like) {
-#ifdef FUSED_RNN_PER_STEP
-  if (takes_per_step(like)) return run_per_step(cell, p, like);
-#endif
-  const auto engine = cpu_engine(cell, like).backward(cpu::CellId(cell.index), p.dtype);
+void run(const CellTraits& cell, const LayerBackwardParams& p) {
+  const auto engine = cpu::active_instruction_set().backward(cpu::CellId(cell.index), p.dtype);
   on_cpu([&](const cpu::Host& host) { engine(p, host); });
 }
 
-// ---- ops ---------------------------------------------------------------------------------------------
+// ---- what the ops of layers and of recurrences share -------------------------------------------------
 
 // Lengths within 0..limit; on the CPU that is checked.
 void check_lengths(const Tensor& lengths, const Tensor& like, int64_t limit, int64_t B,
@@ -292,8 +293,242 @@ void check_state(const char* name, const OptionalTensor& state, const Tensor& li
   check_shape(name, *state, {L, B, n}, letters);
 }
 
-void check_weights(const CellTraits& cell, const Tensor& like, const Tensor& weight_hh,
-                   const OptionalTensor& bias_hh, const OptionalTensor& weight_hr, const Shape& p) {
+// Arguments that only cells with a cell state have.
+void check_no_c(const CellTraits& cell, const char* name, const OptionalTensor& argument) {
+  STD_TORCH_CHECK(cell.has_c || !argument, "Expected ", name, " to be None, since ", cell.name,
+                  " has no cell state");
+}
+
+void check_directions(int64_t directions, int64_t lanes) {
+  STD_TORCH_CHECK(directions == 1 || (directions == 2 && lanes % 2 == 0),
+                  "Expected directions 1, or 2 with an even number of lanes, got ", directions,
+                  " with ", lanes, " lanes");
+}
+
+// ---- a whole layer, on the CPU -----------------------------------------------------------------------
+
+// What both ops take: checked, laid out as the engine reads it, and kept alive.
+struct LayerArguments {
+  Tensor input;
+  TensorList states, weights;
+  Ragged ragged;
+  std::vector<LaneWeights<const void*>> lanes;
+
+  template <class Params>
+  LayerArguments(const CellTraits& cell, const Tensor& input_in, TensorList states_in,
+                 TensorList weights_in, bool has_biases, const OptionalTensor& lengths,
+                 const OptionalTensor& resets, int64_t lane_count, int64_t directions, Params& p)
+      : input(checked_input(input_in)),
+        states(std::move(states_in)),
+        weights(std::move(weights_in)),
+        ragged(lengths, resets, input, input.size(0), input.size(1)) {
+    p.dtype = storage_type("input", input);
+    STD_TORCH_CHECK(lane_count >= 1, "Expected lanes of at least 1, got ", lane_count);
+    check_directions(directions, lane_count);
+    p.T = input.size(0);
+    p.B = input.size(1);
+    p.I = input.size(2);
+    p.L = lane_count;
+    p.directions = static_cast<int>(directions);
+    take_weights(cell, has_biases, p);
+    take_states(cell, p);
+    input = with_contiguous_units(input);
+    ragged.fill(p);
+    p.input = flat_sequence(input, 0);
+    p.weights = lanes.data();
+  }
+
+ private:
+  static const Tensor& checked_input(const Tensor& input) {
+    STD_TORCH_CHECK(input.dim() == 3, "Expected input of shape (T, B, I), got ",
+                    shape_string(input));
+    return input;
+  }
+
+  template <class Params>
+  void take_weights(const CellTraits& cell, bool has_biases, Params& p) {
+    const int64_t count = static_cast<int64_t>(weights.size()), each = count / p.L;
+    const int64_t unprojected = has_biases ? 4 : 2;
+    p.projected = each == unprojected + 1;
+    STD_TORCH_CHECK(count == each * p.L && (each == unprojected || p.projected),
+                    "Expected weights of ", unprojected, " tensors (or ", unprojected + 1,
+                    " with a projection) for each of ", p.L, " lanes, got ", count);
+    STD_TORCH_CHECK(cell.has_c || !p.projected,
+                    "Expected weights without weight_hr: only lstm has "
+                    "a projection, not ",
+                    cell.name);
+    const Tensor& weight_hh = weights[1];
+    STD_TORCH_CHECK(weight_hh.dim() == 2 && weight_hh.size(0) % cell.gates == 0,
+                    "Expected weight_hh of shape (", cell.gates, "*H, P), got ",
+                    shape_string(weight_hh));
+    p.H = weight_hh.size(0) / cell.gates;
+    p.P = p.H;
+    if (p.projected) {
+      const Tensor& weight_hr = weights[each - 1];
+      STD_TORCH_CHECK(weight_hr.dim() == 2, "Expected weight_hr of shape (P, H), got ",
+                      shape_string(weight_hr));
+      p.P = weight_hr.size(0);
+    }
+    lanes.resize(p.L);
+    for (int64_t lane = 0; lane < p.L; ++lane) {
+      Tensor* given = weights.data() + lane * each;
+      auto& to = lanes[lane];
+      to.weight_ih = take("weight_ih", *given++, {cell.gates * p.H, p.I}, "(G*H, I)");
+      to.weight_hh = take("weight_hh", *given++, {cell.gates * p.H, p.P}, "(G*H, P)");
+      if (has_biases) {
+        to.bias_ih = take("bias_ih", *given++, {cell.gates * p.H}, "(G*H)");
+        to.bias_hh = take("bias_hh", *given++, {cell.gates * p.H}, "(G*H)");
+      }
+      if (p.projected) to.weight_hr = take("weight_hr", *given, {p.P, p.H}, "(P, H)");
+    }
+  }
+
+  template <class Params>
+  void take_states(const CellTraits& cell, Params& p) {
+    if (states.empty()) return;
+    const size_t count = cell.has_c ? 2 : 1;
+    STD_TORCH_CHECK(states.size() == count, "Expected states of no tensor or ", count, " for ",
+                    cell.name, ", got ", states.size());
+    p.hx = take("hx", states[0], {p.L, p.B, p.P}, "(L, B, P)");
+    if (cell.has_c) p.cx = take("cx", states[1], {p.L, p.B, p.H}, "(L, B, H)");
+  }
+
+  const void* take(const char* name, Tensor& tensor, std::initializer_list<int64_t> shape,
+                   const char* letters) const {
+    check_like(name, tensor, input, input.scalar_type());
+    check_shape(name, tensor, shape, letters);
+    tensor = as_contiguous(tensor);
+    return tensor.const_data_ptr();
+  }
+};
+
+TensorList forward(const CellTraits& cell, const Tensor& input, const TensorList& states,
+                   const TensorList& weights, bool has_biases, const OptionalTensor& lengths,
+                   const OptionalTensor& resets, int64_t lanes, int64_t directions, bool save,
+                   bool want_cells) {
+  STD_TORCH_CHECK(cell.has_c || !want_cells, "Expected want_cells to be false, since ", cell.name,
+                  " has no cell state");
+  LayerForwardParams p{};
+  const LayerArguments arguments(cell, input, states, weights, has_biases, lengths, resets, lanes,
+                                 directions, p);
+  const ScalarType dtype = input.scalar_type(), c_type = compute_type(dtype);
+  const Results make{arguments.input, p.lengths != nullptr};
+  const Results make_state{arguments.input, false};
+  TensorList results;
+  results.reserve(7);
+  const auto add = [&](Tensor tensor) -> const Tensor& {
+    return results.emplace_back(std::move(tensor));
+  };
+  p.output = flat_sequence(add(make({p.T, p.B, p.L * p.P})), p.P);
+  p.h_n = add(make_state({p.L, p.B, p.P})).data_ptr();
+  if (cell.has_c) p.c_n = add(make_state({p.L, p.B, p.H})).data_ptr();
+  if (want_cells) p.cells = sequence(add(make({p.T, p.B, p.L, p.H}, c_type)));
+  if (save) {
+    const auto reserve = [&](int64_t values, ScalarType type) {
+      return blocked_reserve(
+          add(make({p.T, p.L, reserve_blocks(p.H), p.B, values, Reserve::block}, type)));
+    };
+    if (cell.saved > 0) p.reserve = reserve(cell.saved, dtype);
+    if (cell.has_c) p.saved_cells = reserve(1, c_type);
+    if (p.projected) p.unprojected = sequence(add(make({p.T, p.B, p.L, p.H})));
+  }
+  if (p.B > 0) run(cell, p);
+  return results;
+}
+
+TensorList backward(const CellTraits& cell, OptionalTensor grad_output, OptionalTensor grad_h_n,
+                    OptionalTensor grad_c_n, OptionalTensor grad_cells, const Tensor& input,
+                    const TensorList& states, const TensorList& weights, bool has_biases,
+                    const OptionalTensor& lengths, const OptionalTensor& resets, int64_t lanes,
+                    int64_t directions, Tensor output, TensorList saved, bool need_input,
+                    bool need_states, bool need_weights) {
+  LayerBackwardParams p{};
+  const LayerArguments arguments(cell, input, states, weights, has_biases, lengths, resets, lanes,
+                                 directions, p);
+  const Tensor& like = arguments.input;
+  const ScalarType dtype = like.scalar_type(), c_type = compute_type(dtype);
+  const auto check = [&](const char* name, const Tensor& tensor, ScalarType type,
+                         std::initializer_list<int64_t> shape, const char* letters) {
+    check_like(name, tensor, like, type);
+    check_shape(name, tensor, shape, letters);
+  };
+  check_no_c(cell, "grad_c_n", grad_c_n);
+  check_no_c(cell, "grad_cells", grad_cells);
+  check_state("grad_h_n", grad_h_n, like, p.L, p.B, p.P, "(L, B, P)");
+  check_state("grad_c_n", grad_c_n, like, p.L, p.B, p.H, "(L, B, H)");
+  if (grad_output) check("grad_output", *grad_output, dtype, {p.T, p.B, p.L * p.P}, "(T, B, L*P)");
+  if (grad_cells) check("grad_cells", *grad_cells, c_type, {p.T, p.B, p.L, p.H}, "(T, B, L, H)");
+  check("output", output, dtype, {p.T, p.B, p.L * p.P}, "(T, B, L*P)");
+
+  const size_t saved_count = (cell.saved > 0) + cell.has_c + p.projected;
+  STD_TORCH_CHECK(saved.size() == saved_count, "Expected saved of ", saved_count, " tensors, got ",
+                  saved.size());
+  for (Tensor& tensor : saved) tensor = with_contiguous_units(tensor);
+  auto next_saved = saved.begin();
+  const auto take_reserve = [&](const char* name, int64_t values, ScalarType type) {
+    check(name, *next_saved, type, {p.T, p.L, reserve_blocks(p.H), p.B, values, Reserve::block},
+          "(T, L, H/16, B, S, 16)");
+    return blocked_reserve(*next_saved++);
+  };
+  if (cell.saved > 0) p.reserve = take_reserve("reserve", cell.saved, dtype);
+  if (cell.has_c) p.saved_cells = take_reserve("saved_cells", 1, c_type);
+  if (p.projected) {
+    check("unprojected", *next_saved, dtype, {p.T, p.B, p.L, p.H}, "(T, B, L, H)");
+    p.unprojected = sequence(*next_saved);
+  }
+
+  grad_output = with_contiguous_units(grad_output);
+  grad_cells = with_contiguous_units(grad_cells);
+  grad_h_n = as_contiguous(grad_h_n);
+  grad_c_n = as_contiguous(grad_c_n);
+  output = with_contiguous_units(output);
+  if (grad_output) p.grad_output = flat_sequence(*grad_output, p.P);
+  p.grad_cells = sequence(grad_cells);
+  p.grad_h_n = pointer(grad_h_n);
+  p.grad_c_n = pointer(grad_c_n);
+  p.output = flat_sequence(output, p.P);
+
+  const Results make{like, p.lengths != nullptr};
+  const Results make_state{like, false};
+  const Results make_weight{like, p.T * p.B == 0};  // nothing to sum
+  TensorList results;
+  results.reserve(3 + arguments.weights.size());
+  const auto add = [&](Tensor tensor) {
+    return results.emplace_back(std::move(tensor)).data_ptr();
+  };
+  if (need_input) {
+    add(make({p.T, p.B, p.I}));
+    p.d_input = flat_sequence(results.back(), 0);
+  }
+  if (need_states) {
+    p.d_hx = add(make_state({p.L, p.B, p.P}));
+    if (cell.has_c) p.d_cx = add(make_state({p.L, p.B, p.H}));
+  }
+  std::vector<LaneWeights<void*>> d_weights;
+  if (need_weights) {
+    d_weights.resize(p.L);
+    const int64_t rows = cell.gates * p.H;
+    for (auto& lane : d_weights) {
+      lane.weight_ih = add(make_weight({rows, p.I}));
+      lane.weight_hh = add(make_weight({rows, p.P}));
+      if (has_biases) {
+        lane.bias_ih = add(make_weight({rows}));
+        lane.bias_hh = add(make_weight({rows}));
+      }
+      if (p.projected) lane.weight_hr = add(make_weight({p.P, p.H}));
+    }
+    p.d_weights = d_weights.data();
+  }
+  if (p.B > 0) run(cell, p);
+  return results;
+}
+
+#ifdef FUSED_RNN_PER_STEP
+// ---- the recurrence alone, on per_step ---------------------------------------------------------------
+
+void check_recurrent_weights(const CellTraits& cell, const Tensor& like, const Tensor& weight_hh,
+                             const OptionalTensor& bias_hh, const OptionalTensor& weight_hr,
+                             const Shape& p) {
   check_like("weight_hh", weight_hh, like, like.scalar_type());
   check_shape("weight_hh", weight_hh, {p.L, cell.gates * p.H, p.P}, "(L, G*H, P)");
   if (bias_hh) {
@@ -310,26 +545,19 @@ void check_weights(const CellTraits& cell, const Tensor& like, const Tensor& wei
   }
 }
 
-// Arguments that only cells with a cell state have.
-void check_no_c(const CellTraits& cell, const char* name, const OptionalTensor& argument) {
-  STD_TORCH_CHECK(cell.has_c || !argument, "Expected ", name, " to be None, since ", cell.name,
-                  " has no cell state");
-}
+using RecurrenceForward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-ForwardResult forward(const CellTraits& cell, Tensor input_gates, OptionalTensor hx,
-                      OptionalTensor cx, Tensor weight_hh, OptionalTensor bias_hh,
-                      OptionalTensor weight_hr, OptionalTensor lengths, OptionalTensor resets,
-                      int64_t directions, bool save_reserve, bool save_cells) {
-  ForwardParams p{};
+RecurrenceForward recurrence_forward(const CellTraits& cell, Tensor input_gates, OptionalTensor hx,
+                                     OptionalTensor cx, Tensor weight_hh, OptionalTensor bias_hh,
+                                     OptionalTensor weight_hr, OptionalTensor lengths,
+                                     OptionalTensor resets, int64_t directions, bool save_reserve,
+                                     bool save_cells) {
+  RecurrenceForwardParams p{};
   p.dtype = storage_type("input_gates", input_gates);
   STD_TORCH_CHECK(input_gates.dim() == 4 && input_gates.size(3) % cell.gates == 0,
                   "Expected input_gates of shape (T, B, L, ", cell.gates, "*H), got ",
                   shape_string(input_gates));
-  STD_TORCH_CHECK(directions == 1 || (directions == 2 && input_gates.size(2) % 2 == 0),
-                  "Expected directions 1, or 2 with an even number of lanes, got ", directions,
-                  " with ", input_gates.size(2), " lanes");
+  check_directions(directions, input_gates.size(2));
   STD_TORCH_CHECK(weight_hh.dim() == 3, "Expected weight_hh of shape (L, G*H, P), got ",
                   shape_string(weight_hh));
   p.T = input_gates.size(0);
@@ -339,7 +567,7 @@ ForwardResult forward(const CellTraits& cell, Tensor input_gates, OptionalTensor
   p.P = weight_hh.size(2);
   p.directions = static_cast<int>(directions);
   p.projected = weight_hr.has_value();
-  check_weights(cell, input_gates, weight_hh, bias_hh, weight_hr, p);
+  check_recurrent_weights(cell, input_gates, weight_hh, bias_hh, weight_hr, p);
   check_state("hx", hx, input_gates, p.L, p.B, p.P, "(L, B, P)");
   check_no_c(cell, "cx", cx);
   check_state("cx", cx, input_gates, p.L, p.B, p.H, "(L, B, H)");
@@ -374,31 +602,31 @@ ForwardResult forward(const CellTraits& cell, Tensor input_gates, OptionalTensor
   p.output = sequence(output);
   p.h_n = h_n.data_ptr();
   p.c_n = cell.has_c ? c_n.data_ptr() : nullptr;
-  if (with_reserve) p.reserve = sequence(reserve);
-  if (with_cells) p.cells = sequence(cells);
+  if (with_reserve) p.reserve = natural_reserve(reserve, p.H);
+  if (with_cells) p.saved_cells = natural_reserve(cells, p.H);
   if (with_unprojected) p.unprojected = sequence(unprojected);
 
-  if (p.L * p.B > 0) run(cell, p, input_gates);
+  if (p.L * p.B > 0) run_per_step(cell, p, input_gates);
   return {output, h_n, c_n, reserve, cells, unprojected};
 }
 
-using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+using RecurrenceBackward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-BackwardResult backward(const CellTraits& cell, OptionalTensor grad_output, OptionalTensor grad_h_n,
-                        OptionalTensor grad_c_n, OptionalTensor grad_cells, Tensor output,
-                        Tensor reserve, Tensor cells, OptionalTensor hx, OptionalTensor cx,
-                        Tensor weight_hh, OptionalTensor weight_hr, OptionalTensor lengths,
-                        OptionalTensor resets, int64_t directions) {
-  BackwardParams p{};
+RecurrenceBackward recurrence_backward(const CellTraits& cell, OptionalTensor grad_output,
+                                       OptionalTensor grad_h_n, OptionalTensor grad_c_n,
+                                       OptionalTensor grad_cells, Tensor output, Tensor reserve,
+                                       Tensor cells, OptionalTensor hx, OptionalTensor cx,
+                                       Tensor weight_hh, OptionalTensor weight_hr,
+                                       OptionalTensor lengths, OptionalTensor resets,
+                                       int64_t directions) {
+  RecurrenceBackwardParams p{};
   p.dtype = storage_type("output", output);
   STD_TORCH_CHECK(output.dim() == 4, "Expected output of shape (T, B, L, P), got ",
                   shape_string(output));
   STD_TORCH_CHECK(weight_hh.dim() == 3 && weight_hh.size(1) % cell.gates == 0,
                   "Expected weight_hh of shape (L, ", cell.gates, "*H, P), got ",
                   shape_string(weight_hh));
-  STD_TORCH_CHECK(directions == 1 || (directions == 2 && output.size(2) % 2 == 0),
-                  "Expected directions 1, or 2 with an even number of lanes, got ", directions,
-                  " with ", output.size(2), " lanes");
+  check_directions(directions, output.size(2));
   p.T = output.size(0);
   p.B = output.size(1);
   p.L = output.size(2);
@@ -406,7 +634,7 @@ BackwardResult backward(const CellTraits& cell, OptionalTensor grad_output, Opti
   p.H = weight_hh.size(1) / cell.gates;
   p.directions = static_cast<int>(directions);
   p.projected = weight_hr.has_value();
-  check_weights(cell, output, weight_hh, std::nullopt, weight_hr, p);
+  check_recurrent_weights(cell, output, weight_hh, std::nullopt, weight_hr, p);
   check_state("hx", hx, output, p.L, p.B, p.P, "(L, B, P)");
   check_no_c(cell, "cx", cx);
   check_no_c(cell, "grad_c_n", grad_c_n);
@@ -448,8 +676,8 @@ BackwardResult backward(const CellTraits& cell, OptionalTensor grad_output, Opti
   p.grad_h_n = pointer(grad_h_n);
   p.grad_c_n = pointer(grad_c_n);
   p.output = sequence(output);
-  if (cell.saved > 0) p.reserve = sequence(reserve = with_contiguous_units(reserve));
-  if (cell.has_c) p.cells = sequence(cells = with_contiguous_units(cells));
+  if (cell.saved > 0) p.reserve = natural_reserve(reserve = with_contiguous_units(reserve), p.H);
+  if (cell.has_c) p.saved_cells = natural_reserve(cells = with_contiguous_units(cells), p.H);
   p.hx = pointer(hx);
   p.cx = pointer(cx);
   p.weight_hh = weight_hh.const_data_ptr();
@@ -468,9 +696,11 @@ BackwardResult backward(const CellTraits& cell, OptionalTensor grad_output, Opti
   p.d_hx = d_hx.data_ptr();
   p.d_cx = cell.has_c ? d_cx.data_ptr() : nullptr;
 
-  if (p.L * p.B > 0) run(cell, p, output);
+  if (p.L * p.B > 0) run_per_step(cell, p, output);
   return {d_input_gates, d_hidden_gates, d_hx, d_cx, d_output};
 }
+
+#endif
 
 // ---- additive attention --------------------------------------------------------------------------
 
@@ -607,35 +837,76 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> additive_attention_backward(
   return {d_query, d_key, d_value, d_weight, d_bias};
 }
 
-// One pair of plain functions per cell: TORCH_BOX does not instantiate templates.
-#define FUSED_RNN_OPS(name, cell)                                                                  \
-  ForwardResult name##_forward(Tensor input_gates, OptionalTensor hx, OptionalTensor cx,           \
-                               Tensor weight_hh, OptionalTensor bias_hh, OptionalTensor weight_hr, \
-                               OptionalTensor lengths, OptionalTensor resets, int64_t directions,  \
-                               bool save_reserve, bool save_cells) {                               \
-    return forward(traits(CellIndex::name), input_gates, hx, cx, weight_hh, bias_hh, weight_hr,    \
-                   lengths, resets, directions, save_reserve, save_cells);                         \
-  }                                                                                                \
-  BackwardResult name##_backward(                                                                  \
-      OptionalTensor grad_output, OptionalTensor grad_h_n, OptionalTensor grad_c_n,                \
-      OptionalTensor grad_cells, Tensor output, Tensor reserve, Tensor cells, OptionalTensor hx,   \
-      OptionalTensor cx, Tensor weight_hh, OptionalTensor weight_hr, OptionalTensor lengths,       \
-      OptionalTensor resets, int64_t directions) {                                                 \
-    return backward(traits(CellIndex::name), grad_output, grad_h_n, grad_c_n, grad_cells, output,  \
-                    reserve, cells, hx, cx, weight_hh, weight_hr, lengths, resets, directions);    \
+// Plain functions for each cell: TORCH_BOX does not instantiate templates.
+#define FUSED_RNN_LAYER(name, cell)                                                              \
+  TensorList name##_forward(const Tensor& input, const TensorList& states,                       \
+                            const TensorList& weights, bool has_biases,                          \
+                            const OptionalTensor& lengths, const OptionalTensor& resets,         \
+                            int64_t lanes, int64_t directions, bool save, bool want_cells) {     \
+    return forward(traits(CellIndex::name), input, states, weights, has_biases, lengths, resets, \
+                   lanes, directions, save, want_cells);                                         \
+  }                                                                                              \
+  TensorList name##_backward(                                                                    \
+      const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,                         \
+      const OptionalTensor& grad_c_n, const OptionalTensor& grad_cells, const Tensor& input,     \
+      const TensorList& states, const TensorList& weights, bool has_biases,                      \
+      const OptionalTensor& lengths, const OptionalTensor& resets, int64_t lanes,                \
+      int64_t directions, const Tensor& output, const TensorList& saved, bool need_input,        \
+      bool need_states, bool need_weights) {                                                     \
+    return backward(traits(CellIndex::name), grad_output, grad_h_n, grad_c_n, grad_cells, input, \
+                    states, weights, has_biases, lengths, resets, lanes, directions, output,     \
+                    saved, need_input, need_states, need_weights);                               \
   }
-FUSED_RNN_FOR_EACH_CELL(FUSED_RNN_OPS)
+FUSED_RNN_FOR_EACH_CELL(FUSED_RNN_LAYER)
 
-// Letters as in params.h. Absent results have shape (0,).
+#ifdef FUSED_RNN_PER_STEP
+#define FUSED_RNN_RECURRENCE(name, cell)                                                         \
+  RecurrenceForward name##_recurrence_forward(                                                   \
+      Tensor input_gates, OptionalTensor hx, OptionalTensor cx, Tensor weight_hh,                \
+      OptionalTensor bias_hh, OptionalTensor weight_hr, OptionalTensor lengths,                  \
+      OptionalTensor resets, int64_t directions, bool save_reserve, bool save_cells) {           \
+    return recurrence_forward(traits(CellIndex::name), input_gates, hx, cx, weight_hh, bias_hh,  \
+                              weight_hr, lengths, resets, directions, save_reserve, save_cells); \
+  }                                                                                              \
+  RecurrenceBackward name##_recurrence_backward(                                                 \
+      OptionalTensor grad_output, OptionalTensor grad_h_n, OptionalTensor grad_c_n,              \
+      OptionalTensor grad_cells, Tensor output, Tensor reserve, Tensor cells, OptionalTensor hx, \
+      OptionalTensor cx, Tensor weight_hh, OptionalTensor weight_hr, OptionalTensor lengths,     \
+      OptionalTensor resets, int64_t directions) {                                               \
+    return recurrence_backward(traits(CellIndex::name), grad_output, grad_h_n, grad_c_n,         \
+                               grad_cells, output, reserve, cells, hx, cx, weight_hh, weight_hr, \
+                               lengths, resets, directions);                                     \
+  }
+FUSED_RNN_FOR_EACH_CELL(FUSED_RNN_RECURRENCE)
+#endif
+
+// Letters as in params.h.
+//
+// One layer, all directions: `states` is empty or hx (L, B, P) and, for lstm, cx (L, B, H); `weights`
+// has for every lane weight_ih, weight_hh, bias_ih and bias_hh if has_biases, and weight_hr if there
+// is a projection. Forward returns output (T, B, L*P), h_n, c_n for lstm, the cells (T, B, L, H) if
+// wanted, and if `save` what backward takes as `saved`: the reserve unless the cell has none, for lstm
+// the cells again, unprojected if there is a projection. Backward returns d_input, the gradients of
+// states and those of weights, each if needed.
 constexpr const char* forward_schema =
-    "_forward(Tensor input_gates, Tensor? hx, Tensor? cx, Tensor weight_hh, Tensor? bias_hh, "
-    "Tensor? weight_hr, Tensor? lengths, Tensor? resets, int directions, bool save_reserve, "
-    "bool save_cells) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor reserve, Tensor cells, "
-    "Tensor unprojected)";
+    "_forward(Tensor input, Tensor[] states, Tensor[] weights, bool has_biases, Tensor? lengths, "
+    "Tensor? resets, int lanes, int directions, bool save, bool want_cells) -> Tensor[]";
 constexpr const char* backward_schema =
     "_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor? grad_cells, "
-    "Tensor output, Tensor reserve, Tensor cells, Tensor? hx, Tensor? cx, Tensor weight_hh, "
-    "Tensor? weight_hr, Tensor? lengths, Tensor? resets, int directions) -> "
+    "Tensor input, Tensor[] states, Tensor[] weights, bool has_biases, Tensor? lengths, "
+    "Tensor? resets, int lanes, int directions, Tensor output, Tensor[] saved, bool need_input, "
+    "bool need_states, bool need_weights) -> Tensor[]";
+
+// What CUDA has in C++: fused_rnn/composed.py makes a layer of it. Absent results have shape (0,).
+constexpr const char* recurrence_forward_schema =
+    "_recurrence_forward(Tensor input_gates, Tensor? hx, Tensor? cx, Tensor weight_hh, "
+    "Tensor? bias_hh, Tensor? weight_hr, Tensor? lengths, Tensor? resets, int directions, "
+    "bool save_reserve, bool save_cells) -> (Tensor output, Tensor h_n, Tensor c_n, "
+    "Tensor reserve, Tensor cells, Tensor unprojected)";
+constexpr const char* recurrence_backward_schema =
+    "_recurrence_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, "
+    "Tensor? grad_cells, Tensor output, Tensor reserve, Tensor cells, Tensor? hx, Tensor? cx, "
+    "Tensor weight_hh, Tensor? weight_hr, Tensor? lengths, Tensor? resets, int directions) -> "
     "(Tensor d_input_gates, Tensor d_hidden_gates, Tensor d_hx, Tensor d_cx, Tensor d_output)";
 
 // Absent results have shape (0,). On CUDA the two are Triton kernels (kernels/attention_scores.py).
@@ -651,12 +922,22 @@ constexpr const char* attention_backward_schema =
     "(Tensor d_query, Tensor d_key, Tensor d_value, Tensor d_weight, Tensor d_bias)";
 
 template <class Library>
-void implement(Library& library) {
-#define FUSED_RNN_IMPLEMENT(name, cell)                       \
+void implement_layers(Library& library) {
+#define FUSED_RNN_IMPLEMENT_LAYER(name, cell)                 \
   library.impl(#name "_forward", TORCH_BOX(&name##_forward)); \
   library.impl(#name "_backward", TORCH_BOX(&name##_backward));
-  FUSED_RNN_FOR_EACH_CELL(FUSED_RNN_IMPLEMENT)
+  FUSED_RNN_FOR_EACH_CELL(FUSED_RNN_IMPLEMENT_LAYER)
 }
+
+#ifdef FUSED_RNN_PER_STEP
+template <class Library>
+void implement_recurrences(Library& library) {
+#define FUSED_RNN_IMPLEMENT_RECURRENCE(name, cell)                                  \
+  library.impl(#name "_recurrence_forward", TORCH_BOX(&name##_recurrence_forward)); \
+  library.impl(#name "_recurrence_backward", TORCH_BOX(&name##_recurrence_backward));
+  FUSED_RNN_FOR_EACH_CELL(FUSED_RNN_IMPLEMENT_RECURRENCE)
+}
+#endif
 
 }  // namespace fused_rnn::binding
 
@@ -665,16 +946,22 @@ void implement(Library& library) {
 #define FUSED_RNN_LIBRARY_IMPL(name, key, library) STABLE_TORCH_LIBRARY_IMPL(name, key, library)
 
 FUSED_RNN_LIBRARY(FUSED_RNN_NAMESPACE, library) {
-  for (const auto& cell : fused_rnn::binding::cell_traits) {
-    library.def((std::string(cell.name) + fused_rnn::binding::forward_schema).c_str());
-    library.def((std::string(cell.name) + fused_rnn::binding::backward_schema).c_str());
-  }
-  library.def(fused_rnn::binding::attention_forward_schema);
-  library.def(fused_rnn::binding::attention_backward_schema);
+  namespace binding = fused_rnn::binding;
+  for (const auto& cell : binding::cell_traits)
+    for (const char* schema :
+         {binding::forward_schema, binding::backward_schema, binding::recurrence_forward_schema,
+          binding::recurrence_backward_schema})
+      library.def((std::string(cell.name) + schema).c_str());
+  library.def(binding::attention_forward_schema);
+  library.def(binding::attention_backward_schema);
 }
 
 FUSED_RNN_LIBRARY_IMPL(FUSED_RNN_NAMESPACE, CPU, library) {
-  fused_rnn::binding::implement(library);
+#ifdef FUSED_RNN_CUDA_ON_CPU
+  fused_rnn::binding::implement_recurrences(library);
+#else
+  fused_rnn::binding::implement_layers(library);
+#endif
   library.impl("additive_attention_forward",
                TORCH_BOX(&fused_rnn::binding::additive_attention_forward));
   library.impl("additive_attention_backward",
@@ -682,7 +969,7 @@ FUSED_RNN_LIBRARY_IMPL(FUSED_RNN_NAMESPACE, CPU, library) {
 }
 #ifdef FUSED_RNN_CUDA
 FUSED_RNN_LIBRARY_IMPL(FUSED_RNN_NAMESPACE, CUDA, library) {
-  fused_rnn::binding::implement(library);
+  fused_rnn::binding::implement_recurrences(library);
 }
 #endif
 
@@ -727,6 +1014,11 @@ PYBIND11_MODULE(_C, module) {
         return supported;
       },
       "The CPU engine's compiled instruction sets, best first, and which this machine supports.");
+  module.def(
+      "multiply_adds",
+      [](int64_t rounds) { return fused_rnn::cpu::active_instruction_set().multiply_adds(rounds); },
+      py::call_guard<py::gil_scoped_release>(),
+      "Multiplies and adds float32 registers for some rounds; returns the operations done.");
   module.def(
       "active_instruction_set",
       [] { return std::string(fused_rnn::cpu::active_instruction_set().name); },

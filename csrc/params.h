@@ -1,9 +1,9 @@
-// The parameters of the recurrence ops: plain old data, no torch.
+// The parameters of the ops: plain old data, no torch.
 //
-// Letters: T timesteps, B batch rows, L lanes, H hidden units, P width of h (the projection, or H),
-// G gates of the cell, S saved values of the cell. Storage type s is that of the input; compute type
-// c is float for half types and s otherwise. Lanes are independent recurrences with weights of their
-// own; lane l runs backwards in time when directions == 2 and l is odd.
+// Letters: T timesteps, B batch rows, L lanes, I inputs, H hidden units, P width of h (the projection,
+// or H), G gates of the cell, S saved values of the cell. Storage type s is that of the input; compute
+// type c is float for half types and s otherwise. Lanes are independent recurrences with weights of
+// their own; lane l runs backwards in time when directions == 2 and l is odd.
 //
 // No pointer aliases another. Optional pointers are null when absent. Where `lengths` are given, the
 // caller has zeroed every (T, ...) result: engines write only steps that exist.
@@ -29,7 +29,23 @@ struct Sequence {
   explicit operator bool() const { return data != nullptr; }
 };
 
-// What forward and backward share.
+// What forward keeps for backward: some values for every unit, row and timestep, the units in blocks.
+// Engines that take many units of one row at a time leave them as they lie in a Sequence; the CPU
+// engine, which takes one block of all rows, keeps a block's rows together: (T, L, H/16, B, S, 16).
+struct Reserve {
+  static constexpr int64_t block = 16;
+  void* data;
+  int64_t stride_t, stride_b, stride_l, stride_block, stride_value;
+
+  template <class S>
+  HOST_DEVICE S* at(int64_t t, int64_t b, int64_t lane, int64_t unit, int64_t value) const {
+    return static_cast<S*>(data) + t * stride_t + b * stride_b + lane * stride_l +
+           unit / block * stride_block + value * stride_value + unit % block;
+  }
+  explicit operator bool() const { return data != nullptr; }
+};
+
+// What all of the ops share.
 struct Shape {
   DType dtype;
   int64_t T, B, L, H, P;
@@ -40,39 +56,76 @@ struct Shape {
 };
 
 struct ForwardParams : Shape {
-  Sequence input_gates;   // (T, B, L, G*H) s: W_ih x_t + b_ih
-  const void* hx;         // (L, B, P) s, or null for zeros
-  const void* cx;         // (L, B, H) s, or null for zeros
-  const void* weight_hh;  // (L, G*H, P) s
-  const void* bias_hh;    // (L, G*H) s, or null
-  const void* weight_hr;  // (L, P, H) s, null unless projected
+  const void* hx;  // (L, B, P) s, or null for zeros
+  const void* cx;  // (L, B, H) s, or null for zeros
 
   Sequence output;       // (T, B, L, P) s
   void* h_n;             // (L, B, P) s
   void* c_n;             // (L, B, H) s, null for cells without c
-  Sequence reserve;      // (T, B, L, S*H) s, null when backward will not follow
-  Sequence cells;        // (T, B, L, H) c, null when neither backward nor the caller wants c
+  Sequence cells;        // (T, B, L, H) c: the states c, null unless the caller wants them
+  Reserve reserve;       // S values s, null when backward will not follow
+  Reserve saved_cells;   // 1 value c: the states c again, null when backward will not follow
   Sequence unprojected;  // (T, B, L, H) s: o tanh(c) before the projection; null unless wanted
 };
 
 struct BackwardParams : Shape {
-  Sequence grad_output;   // (T, B, L, P) s, or null for zeros
-  const void* grad_h_n;   // (L, B, P) s, or null for zeros
-  const void* grad_c_n;   // (L, B, H) s, or null for zeros
-  Sequence grad_cells;    // (T, B, L, H) c, or null for zeros
-  Sequence output;        // (T, B, L, P) s, from forward
-  Sequence reserve;       // (T, B, L, S*H) s, from forward
-  Sequence cells;         // (T, B, L, H) c, from forward; null for cells without c
-  const void* hx;         // (L, B, P) s, or null for zeros
-  const void* cx;         // (L, B, H) s, or null for zeros
-  const void* weight_hh;  // (L, G*H, P) s
-  const void* weight_hr;  // (L, P, H) s, null unless projected
+  Sequence grad_output;  // (T, B, L, P) s, or null for zeros
+  const void* grad_h_n;  // (L, B, P) s, or null for zeros
+  const void* grad_c_n;  // (L, B, H) s, or null for zeros
+  Sequence grad_cells;   // (T, B, L, H) c, or null for zeros
+  Sequence output;       // (T, B, L, P) s, from forward
+  Reserve reserve;       // from forward
+  Reserve saved_cells;   // from forward; null for cells without c
+  const void* hx;        // (L, B, P) s, or null for zeros
+  const void* cx;        // (L, B, H) s, or null for zeros
 
+  void* d_hx;  // (L, B, P) s, or null if nobody wants it, and then d_cx is null too
+  void* d_cx;  // (L, B, H) s, null for cells without c
+};
+
+// ---- the recurrence alone: what a CUDA engine does between the library's large products
+
+struct RecurrenceForwardParams : ForwardParams {
+  Sequence input_gates;   // (T, B, L, G*H) s: W_ih x_t + b_ih
+  const void* weight_hh;  // (L, G*H, P) s
+  const void* bias_hh;    // (L, G*H) s, or null
+  const void* weight_hr;  // (L, P, H) s, null unless projected
+};
+
+struct RecurrenceBackwardParams : BackwardParams {
+  const void* weight_hh;    // (L, G*H, P) s
+  const void* weight_hr;    // (L, P, H) s, null unless projected
   Sequence d_input_gates;   // (T, B, L, G*H) s
   Sequence d_hidden_gates;  // (T, B, L, G*H) s, null unless the cell splits its gates
   Sequence d_output;        // (T, B, L, P) s: the whole gradient of h_t; null unless projected
-  void* d_hx;               // (L, B, P) s
-  void* d_cx;               // (L, B, H) s, null for cells without c
+};
+
+// ---- the whole layer, products included: what the CPU engine does
+
+// One lane's weights as they lie in memory, contiguous; or their gradients.
+template <class Pointer>
+struct LaneWeights {
+  Pointer weight_ih;  // (G*H, I) s
+  Pointer weight_hh;  // (G*H, P) s
+  Pointer bias_ih;    // (G*H) s, or null
+  Pointer bias_hh;    // (G*H) s, or null, with bias_ih
+  Pointer weight_hr;  // (P, H) s, null unless projected
+};
+
+struct LayerForwardParams : ForwardParams {
+  int64_t I;
+  Sequence input;                           // (T, B, L, I) s
+  const LaneWeights<const void*>* weights;  // (L)
+};
+
+struct LayerBackwardParams : BackwardParams {
+  int64_t I;
+  Sequence input;                           // (T, B, L, I) s, from forward
+  Sequence unprojected;                     // (T, B, L, H) s, from forward; null unless projected
+  const LaneWeights<const void*>* weights;  // (L)
+
+  Sequence d_input;                     // (T, B, L, I) s, or null if nobody wants it
+  const LaneWeights<void*>* d_weights;  // (L), or null if nobody wants them
 };
 
 // Element (lane, b, 0) of an (L, B, n) tensor.

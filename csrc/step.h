@@ -93,25 +93,24 @@ HOST_DEVICE void emit_hidden(const ForwardParams& p, const RowStep& row, int64_t
 // state; with a projection h_state is the buffer of unprojected values that the second product reads.
 template <class Cell, class S, class V, class HiddenState>
 HOST_DEVICE void forward_units(const ForwardParams& p, const RowStep& row, int64_t unit, int64_t n,
-                               const V* hidden_gates, const HiddenState* prev_h,
-                               Compute<S>* c_state, HiddenState* h_state) {
-  const S* input_gates = p.input_gates.at<S>(row.t, row.b, row.lane) + unit;
-  V inputs[Cell::gates];
-  for (int g = 0; g < Cell::gates; ++g) inputs[g] = Memory<V>::load(input_gates + g * p.H, n);
+                               const V* input_gates, const V* hidden_gates,
+                               const HiddenState* prev_h, Compute<S>* c_state,
+                               HiddenState* h_state) {
   State<V> prev{V(0), V(0)}, next{V(0), V(0)};
   if constexpr (Cell::reads_prev_h) prev.h = Memory<V>::load(prev_h, n);
   if constexpr (Cell::has_c) prev.c = Memory<V>::load(c_state, n);
   V saved[Cell::saved > 0 ? Cell::saved : 1];
-  Cell::forward(inputs, hidden_gates, prev, next, saved);
+  Cell::forward(input_gates, hidden_gates, prev, next, saved);
 
   if constexpr (Cell::saved > 0) {
-    if (p.reserve.data) {
-      S* reserve = p.reserve.at<S>(row.t, row.b, row.lane) + unit;
-      for (int i = 0; i < Cell::saved; ++i) Memory<V>::store(saved[i], reserve + i * p.H, n);
-    }
+    if (p.reserve.data)
+      for (int i = 0; i < Cell::saved; ++i)
+        Memory<V>::store(saved[i], p.reserve.at<S>(row.t, row.b, row.lane, unit, i), n);
   }
   if constexpr (Cell::has_c) {
     Memory<V>::store(row.next_resets ? V(0) : next.c, c_state, n);
+    if (p.saved_cells.data)
+      Memory<V>::store(next.c, p.saved_cells.at<Compute<S>>(row.t, row.b, row.lane, unit, 0), n);
     if (p.cells.data)
       Memory<V>::store(next.c, p.cells.at<Compute<S>>(row.t, row.b, row.lane) + unit, n);
     if (row.last) Memory<V>::store(next.c, state_at<S>(p.c_n, p.B, p.H, row.lane, row.b) + unit, n);
@@ -134,55 +133,47 @@ HOST_DEVICE V collect_d_hidden(const BackwardParams& p, const RowStep& row, int6
   if (p.grad_output.data)
     d_h = d_h + Memory<V>::load(p.grad_output.at<S>(row.t, row.b, row.lane) + unit, n);
   Memory<V>::store(V(0), d_h_state, n);
-  if (p.projected) Memory<V>::store(d_h, p.d_output.at<S>(row.t, row.b, row.lane) + unit, n);
   return d_h;
 }
 
-// The cell's backward at `n` units from `unit`. d_h is the whole gradient of the cell's h; d_gates
-// points at `unit` of gate 0 in the row the next product reads.
-template <class Cell, class S, class V, class GateState>
+// A state before the step: zero after a reset, the initial one at the first step.
+template <class S, class V, class Earlier>
+HOST_DEVICE V previous_state(const BackwardParams& p, const RowStep& row, const void* initial,
+                             int64_t width, int64_t unit, int64_t n, const Earlier& earlier) {
+  if (row.reset) return V(0);
+  if (!row.first) return Memory<V>::load(earlier(previous_time(p, row.lane, row.t)), n);
+  return load_or_zero<V>(
+      initial ? state_at<S>(initial, p.B, width, row.lane, row.b) + unit : nullptr, n);
+}
+
+// The cell's backward at `n` units from `unit`. d_h is the whole gradient of the cell's h. What flows
+// back through hidden_gates is the caller's to pass on, unless row.reset.
+template <class Cell, class S, class V>
 HOST_DEVICE void backward_units(const BackwardParams& p, const RowStep& row, int64_t unit,
                                 int64_t n, V d_h, Compute<S>* d_h_state, Compute<S>* d_c_state,
-                                GateState* d_gates) {
-  const int64_t before = previous_time(p, row.lane, row.t);
+                                V* d_input_gates, V* d_hidden_gates) {
   State<V> prev{V(0), V(0)}, next{V(0), V(0)}, d_next{d_h, V(0)}, d_prev{V(0), V(0)};
   if constexpr (Cell::reads_h)
     next.h = Memory<V>::load(p.output.at<S>(row.t, row.b, row.lane) + unit, n);
-  if constexpr (Cell::reads_prev_h) {
-    if (!row.reset)
-      prev.h = row.first
-                   ? load_or_zero<V>(
-                         p.hx ? state_at<S>(p.hx, p.B, p.P, row.lane, row.b) + unit : nullptr, n)
-                   : Memory<V>::load(p.output.at<S>(before, row.b, row.lane) + unit, n);
-  }
+  if constexpr (Cell::reads_prev_h)
+    prev.h = previous_state<S, V>(p, row, p.hx, p.P, unit, n, [&](int64_t t) {
+      return p.output.at<S>(t, row.b, row.lane) + unit;
+    });
   if constexpr (Cell::has_c) {
-    next.c = Memory<V>::load(p.cells.at<Compute<S>>(row.t, row.b, row.lane) + unit, n);
-    if (!row.reset)
-      prev.c = row.first
-                   ? load_or_zero<V>(
-                         p.cx ? state_at<S>(p.cx, p.B, p.H, row.lane, row.b) + unit : nullptr, n)
-                   : Memory<V>::load(p.cells.at<Compute<S>>(before, row.b, row.lane) + unit, n);
+    using C = Compute<S>;
+    next.c = Memory<V>::load(p.saved_cells.at<C>(row.t, row.b, row.lane, unit, 0), n);
+    prev.c = previous_state<S, V>(p, row, p.cx, p.H, unit, n, [&](int64_t t) {
+      return p.saved_cells.at<C>(t, row.b, row.lane, unit, 0);
+    });
     d_next.c = Memory<V>::load(d_c_state, n);
     if (p.grad_cells.data)
-      d_next.c =
-          d_next.c + Memory<V>::load(p.grad_cells.at<Compute<S>>(row.t, row.b, row.lane) + unit, n);
+      d_next.c = d_next.c + Memory<V>::load(p.grad_cells.at<C>(row.t, row.b, row.lane) + unit, n);
   }
   V saved[Cell::saved > 0 ? Cell::saved : 1];
-  if constexpr (Cell::saved > 0) {
-    const S* reserve = p.reserve.at<S>(row.t, row.b, row.lane) + unit;
-    for (int i = 0; i < Cell::saved; ++i) saved[i] = Memory<V>::load(reserve + i * p.H, n);
-  }
-  V d_input_gates[Cell::gates], d_hidden_gates[Cell::gates];
+  if constexpr (Cell::saved > 0)
+    for (int i = 0; i < Cell::saved; ++i)
+      saved[i] = Memory<V>::load(p.reserve.at<S>(row.t, row.b, row.lane, unit, i), n);
   Cell::backward(saved, prev, next, d_next, d_input_gates, d_hidden_gates, d_prev);
-
-  S* d_inputs = p.d_input_gates.at<S>(row.t, row.b, row.lane) + unit;
-  for (int g = 0; g < Cell::gates; ++g) {
-    Memory<V>::store(d_input_gates[g], d_inputs + g * p.H, n);
-    if constexpr (Cell::split_gates)
-      Memory<V>::store(d_hidden_gates[g],
-                       p.d_hidden_gates.at<S>(row.t, row.b, row.lane) + g * p.H + unit, n);
-    Memory<V>::store(row.reset ? V(0) : d_hidden_gates[g], d_gates + g * p.H, n);
-  }
   if (!p.projected) Memory<V>::store(row.reset ? V(0) : d_prev.h, d_h_state, n);
   if constexpr (Cell::has_c) Memory<V>::store(row.reset ? V(0) : d_prev.c, d_c_state, n);
 }

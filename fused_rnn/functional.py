@@ -16,7 +16,6 @@ from torch import Tensor
 
 from . import ops
 from .autograd import run_additive_attention, run_layer
-from .reference import Weights
 
 
 def lstm(
@@ -55,11 +54,11 @@ def lstm(
         RuntimeError: a shape, dtype or device does not fit; the message names the argument.
     """
     h, c = (None, None) if hx is None else hx
-    output, h_n, c_n, cells = _run(
-        "lstm", input, h, c, params, has_biases, num_layers, dropout, train, bidirectional,
-        batch_first, lengths, resets, return_cells,
+    results = run(
+        "lstm", input, () if h is None or c is None else (h, c), params, has_biases, num_layers,
+        dropout, train, bidirectional, batch_first, lengths, resets, return_cells,
     )  # fmt: skip
-    return (output, h_n, c_n, cells) if return_cells else (output, h_n, c_n)
+    return tuple(results)
 
 
 def gru(
@@ -80,10 +79,11 @@ def gru(
 
     Arguments as ``lstm``, hx (num_layers * D, B, H). Returns output (T, B, D * H), h_n.
     """
-    return _run(
-        "gru", input, hx, None, params, has_biases, num_layers, dropout, train, bidirectional,
-        batch_first, lengths, resets, False,
-    )[:2]  # fmt: skip
+    output, h_n = run(
+        "gru", input, () if hx is None else (hx,), params, has_biases, num_layers, dropout, train,
+        bidirectional, batch_first, lengths, resets,
+    )  # fmt: skip
+    return output, h_n
 
 
 def rnn(
@@ -105,12 +105,18 @@ def rnn(
 
     Arguments as ``lstm``, hx (num_layers * D, B, H). Returns output (T, B, D * H), h_n.
     """
+    output, h_n = run(
+        rnn_cell(nonlinearity), input, () if hx is None else (hx,), params, has_biases, num_layers,
+        dropout, train, bidirectional, batch_first, lengths, resets,
+    )  # fmt: skip
+    return output, h_n
+
+
+def rnn_cell(nonlinearity: str) -> str:
+    """The cell in ``ops.CELLS`` of a simple RNN."""
     if nonlinearity not in ("tanh", "relu"):
         raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
-    return _run(
-        f"rnn_{nonlinearity}", input, hx, None, params, has_biases, num_layers, dropout, train,
-        bidirectional, batch_first, lengths, resets, False,
-    )[:2]  # fmt: skip
+    return f"rnn_{nonlinearity}"
 
 
 def additive_attention(
@@ -195,122 +201,139 @@ def additive_attention(
 
 
 def step(
-    cell: str, input: Tensor, h: Tensor | None, c: Tensor | None, weights: Weights
+    cell: str, input: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor], has_biases: bool
 ) -> tuple[Tensor, ...]:
-    """One timestep: input (B, I), h (B, H) and, for lstm, c (B, H), or None for zeros.
+    """One timestep: input (B, I), states h (B, H) and, for lstm, c (B, H), or none for zeros.
 
     Returns the new (h,) or (h, c). This is what RNNCell, LSTMCell and GRUCell call.
     """
-    hx = None if h is None else h.unsqueeze(0)
-    cx = None if c is None else c.unsqueeze(0)
-    given = (input if h is None else h).dtype
-    input, hx, cx, layers = _autocast(input.unsqueeze(0), hx, cx, [[weights]])
-    _check_weights(cell, input, layers)
-    _check_states(cell, hx, cx, layers, input.shape[1])
-    _, h_n, c_n, _ = run_layer(cell, input, hx, cx, layers[0])
-    if input.device.type == "cpu" and cell in ("gru", "lstm"):
-        h_n, c_n = h_n.to(given), c_n.to(given)  # as in _run
-    return (h_n[0], c_n[0]) if ops.CELLS[cell].has_c else (h_n[0],)
+    _, *final = run(cell, input.unsqueeze(0), [s.unsqueeze(0) for s in states], weights, has_biases)
+    if cell == "lstm" and input.is_cpu:  # as run does for gru
+        given = (states[0] if states else input).dtype
+        final = [s.to(given) for s in final]
+    return tuple([s[0] for s in final])
 
 
-def _run(
+def run(
     cell: str,
     input: Tensor,
-    hx: Tensor | None,
-    cx: Tensor | None,
+    states: Sequence[Tensor],
     params: Sequence[Tensor],
-    has_biases: bool,
-    num_layers: int,
-    dropout: float,
-    train: bool,
-    bidirectional: bool,
-    batch_first: bool,
-    lengths: Tensor | None,
-    resets: Tensor | None,
-    return_cells: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Runs stacked layers: output, h_n, c_n (empty without c), cells of the last layer."""
+    has_biases: bool = True,
+    num_layers: int = 1,
+    dropout: float = 0.0,
+    train: bool = False,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+    return_cells: bool = False,
+) -> Sequence[Tensor]:
+    """What ``rnn``, ``gru`` and ``lstm`` do, for any ``cell`` in ``ops.CELLS``.
+
+    ``states`` are hx and, for lstm, cx, or none for zeros. Returns output, h_n, for lstm c_n, and
+    the cells of the last layer if asked for.
+    """
     if input.dim() != 3:
         raise RuntimeError(f"input must have 3 dimensions, got {input.dim()}")
-    layers = unflatten_weights(params, has_biases, num_layers, 2 if bidirectional else 1)
-    given = (input if hx is None else hx).dtype
-    input, hx, cx, layers = _autocast(input, hx, cx, layers)
+    given = None
+    if torch._C._is_any_autocast_enabled():
+        given = (states[0] if states else input).dtype
+        cast = _autocast_function(input.device.type)
+        input, states, params = cast(input), [*map(cast, states)], [*map(cast, params)]
     if batch_first:
         input = input.transpose(0, 1)
     T, B, _ = input.shape
     if T == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-    _check_weights(cell, input, layers)
-    _check_states(cell, hx, cx, layers, B)
-    lengths = _check_lengths(lengths, input, B, T, "the timesteps of input")
-    resets = _check_resets(resets, input, batch_first)
+    if lengths is not None:
+        lengths = _check_lengths(lengths, input, B, T, "the timesteps of input")
+    if resets is not None:
+        resets = _check_resets(resets, input, batch_first)
+    lanes = 2 if bidirectional else 1
+    if type(input) is Tensor and input.is_cpu and not torch.compiler.is_compiling():
+        # The CPU's ops check whatever they are given, but know nothing of layers and their names.
+        try:
+            results = _layers(
+                cell, input, states, params, has_biases, num_layers, lanes, lengths, resets,
+                dropout if train else 0.0, return_cells,
+            )  # fmt: skip
+        except RuntimeError:
+            _check(cell, input, states, params, has_biases, num_layers, lanes)
+            raise
+    else:
+        _check(cell, input, states, params, has_biases, num_layers, lanes)
+        results = _layers(
+            cell, input, states, params, has_biases, num_layers, lanes, lengths, resets,
+            dropout if train else 0.0, return_cells,
+        )  # fmt: skip
+    if batch_first or return_cells or given is not None:
+        output, *final = results
+        if return_cells:
+            cells = final[2].to(output.dtype).flatten(2)
+            final[2] = cells.transpose(0, 1) if batch_first else cells
+        if batch_first:
+            output = output.transpose(0, 1)
+        if given is not None and cell == "gru" and input.is_cpu:
+            # Under autocast on the CPU torch.nn's GRU (and its GRUCell and LSTMCell) end in ops
+            # that autocast leaves alone, so that their results have the dtype of the states given.
+            output, final = output.to(given), [final[0].to(given)]
+        return output, *final
+    return results
 
-    D = len(layers[0])
-    h_n: list[Tensor] = []
-    c_n: list[Tensor] = []
-    for k, weights in enumerate(layers):
-        at = slice(k * D, (k + 1) * D)
-        last = k == num_layers - 1
-        output, h, c, cells = run_layer(
-            cell,
-            input,
-            None if hx is None else hx[at],
-            None if cx is None else cx[at],
-            weights,
-            lengths,
-            resets,
-            return_cells and last,
+
+def _layers(
+    cell: str,
+    input: Tensor,
+    states: Sequence[Tensor],
+    params: Sequence[Tensor],
+    has_biases: bool,
+    num_layers: int,
+    lanes: int,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    dropout: float,
+    want_cells: bool,
+) -> Sequence[Tensor]:
+    """``run_layer`` for layers over each other; the cells are those of the last."""
+    if num_layers == 1:
+        return run_layer(
+            cell, input, states, params, has_biases, lanes, lengths, resets, want_cells
         )
-        h_n.append(h)
-        c_n.append(c)
-        input = output.flatten(2)
-        if dropout > 0 and train and not last:
+    # What no single layer could see.
+    each = _params_per_lane(params, has_biases, num_layers, lanes) * lanes
+    _check_states(cell, states, params, num_layers * lanes, input.shape[1])
+    finals: list[Sequence[Tensor]] = []
+    cells: Sequence[Tensor] = ()
+    for k in range(num_layers):
+        last = k == num_layers - 1
+        input, *final = run_layer(
+            cell, input, [s[k * lanes : (k + 1) * lanes] for s in states],
+            params[k * each : (k + 1) * each], has_biases, lanes, lengths, resets,
+            want_cells and last,
+        )  # fmt: skip
+        if last and want_cells:
+            *final, cells = *final[:-1], final[-1:]
+        elif dropout > 0 and not last:
             input = F.dropout(input, dropout, training=True)
-    result = input
-    cells = cells.to(result.dtype).flatten(2) if return_cells else cells
-    if batch_first:
-        result = result.transpose(0, 1)
-        cells = cells.transpose(0, 1) if return_cells else cells
-    final_h = h_n[0] if num_layers == 1 else torch.cat(h_n)
-    final_c = c_n[0] if num_layers == 1 else torch.cat(c_n)
-    if input.device.type == "cpu" and cell == "gru":
-        # Under autocast on the CPU torch.nn's GRU (and its GRUCell and LSTMCell) end in ops that
-        # autocast leaves alone, so that their results have the dtype of the states given.
-        result, final_h = result.to(given), final_h.to(given)
-    return result, final_h, final_c, cells
+        finals.append(final)
+    return [input, *(torch.cat(state) for state in zip(*finals, strict=True)), *cells]
 
 
-def unflatten_weights(
-    params: Sequence[Tensor], has_biases: bool, num_layers: int, directions: int
-) -> list[list[Weights]]:
-    """The flat list of torch.nn as ``weights[layer][direction]``."""
-    count = num_layers * directions
-    each = len(params) // count
+def _params_per_lane(
+    params: Sequence[Tensor], has_biases: bool, num_layers: int, lanes: int
+) -> int:
+    each, rest = divmod(len(params), num_layers * lanes)
     without_projection = 4 if has_biases else 2
-    if len(params) != each * count or each - without_projection not in (0, 1):
+    if rest or each - without_projection not in (0, 1):
         raise RuntimeError(
             f"Expected {without_projection} params (or {without_projection + 1} with a projection) "
-            f"for each of {num_layers} layers and {directions} directions, got {len(params)}"
-        )
-    flat = []
-    for i in range(count):
-        weight_ih, weight_hh, *rest = params[i * each : (i + 1) * each]
-        bias_ih, bias_hh = rest[:2] if has_biases else (None, None)
-        weight_hr = rest[-1] if each > without_projection else None
-        flat.append(Weights(weight_ih, weight_hh, bias_ih, bias_hh, weight_hr))
-    return [flat[i : i + directions] for i in range(0, count, directions)]
+            f"for each of {num_layers} layers and {lanes} directions, got {len(params)}"
+        ) from None
+    return each
 
 
-def _autocast(
-    input: Tensor, hx: Tensor | None, cx: Tensor | None, layers: list[list[Weights]]
-) -> tuple[Tensor, Tensor | None, Tensor | None, list[list[Weights]]]:
-    """Casts float arguments as torch.autocast does for its lower-precision ops."""
-    cast = _autocast_function(input.device.type)
-    cast_layers = [[Weights(*map(cast, lane)) for lane in lanes] for lanes in layers]  # type: ignore[arg-type]
-    return cast(input), cast(hx), cast(cx), cast_layers  # type: ignore[return-value]
-
-
-def _autocast_function(device: str) -> Callable[[Tensor | None], Tensor | None]:
+def _autocast_function(device: str) -> Callable[[Any], Any]:
     """What torch.autocast does to an argument of its lower-precision ops."""
     if device == "meta" or not torch.is_autocast_enabled(device):
         return lambda tensor: tensor
@@ -324,46 +347,63 @@ def _autocast_function(device: str) -> Callable[[Tensor | None], Tensor | None]:
     return cast
 
 
-def _check_weights(cell: str, input: Tensor, layers: list[list[Weights]]) -> None:
-    """Names the weight whose shape, dtype or device does not fit."""
+# The checks are run before the ops or, to find the words, after one has refused its arguments. Then
+# theirs is the error to show: hence from None.
+
+
+def _check(
+    cell: str,
+    input: Tensor,
+    states: Sequence[Tensor],
+    params: Sequence[Tensor],
+    has_biases: bool,
+    num_layers: int,
+    lanes: int,
+) -> None:
+    """Names the weight or state whose shape, dtype or device does not fit."""
+    each = _params_per_lane(params, has_biases, num_layers, lanes)
     gates = ops.CELLS[cell].gates
-    H = layers[0][0].weight_hh.shape[0] // gates
-    projection = layers[0][0].weight_hr
-    P = H if projection is None else projection.shape[0]
+    names = ["weight_ih", "weight_hh"] + ["bias_ih", "bias_hh"] * has_biases
+    projected = each > len(names)
+    rows = params[1].shape[0]
+    H = rows // gates
+    P = params[each - 1].shape[0] if projected else H
     dtype, device = input.dtype, input.device
-    for k, lanes in enumerate(layers):
-        width = input.shape[2] if k == 0 else P * len(lanes)
-        expected = ((gates * H, width), (gates * H, P), (gates * H,), (gates * H,), (P, H))
-        for direction, lane in enumerate(lanes):
-            for name, tensor, shape in zip(Weights._fields, lane, expected, strict=True):
-                if tensor is None:
-                    continue
-                if tensor.shape == shape and tensor.dtype == dtype and tensor.device == device:
-                    continue
-                raise RuntimeError(
-                    f"Expected {name}_l{k}{'_reverse' if direction else ''} of shape {shape} in "
-                    f"input's dtype {dtype} on its device {device}, got {tuple(tensor.shape)} in "
-                    f"{tensor.dtype} on {tensor.device}"
-                )
+    for i, tensor in enumerate(params):
+        lane, kind = divmod(i, each)
+        k, direction = divmod(lane, lanes)
+        width = input.shape[2] if k == 0 else P * lanes
+        shapes = [(gates * H, width), (gates * H, P)] + [(gates * H,)] * 2 * has_biases + [(P, H)]
+        shape = shapes[kind]
+        if tensor.shape == shape and tensor.dtype == dtype and tensor.device == device:
+            continue
+        name = [*names, "weight_hr"][kind]
+        raise RuntimeError(
+            f"Expected {name}_l{k}{'_reverse' if direction else ''} of shape {shape} in input's "
+            f"dtype {dtype} on its device {device}, got {tuple(tensor.shape)} in {tensor.dtype} on "
+            f"{tensor.device}"
+        ) from None
+    _check_states(cell, states, params, num_layers * lanes, input.shape[1])
 
 
 def _check_states(
-    cell: str, hx: Tensor | None, cx: Tensor | None, layers: list[list[Weights]], B: int
+    cell: str, states: Sequence[Tensor], params: Sequence[Tensor], count: int, B: int
 ) -> None:
-    first = layers[0][0]
-    count = len(layers) * len(layers[0])
-    H = first.weight_hh.shape[0] // ops.CELLS[cell].gates
-    for name, state, width in (("hx", hx, first.weight_hh.shape[1]), ("cx", cx, H)):
-        if state is None:
-            continue
-        if tuple(state.shape) != (count, B, width):
+    weight_hh = params[1]
+    rows, width = weight_hh.shape
+    for name, state, n in zip(
+        ("hx", "cx"), states, (width, rows // ops.CELLS[cell].gates), strict=False
+    ):
+        if tuple(state.shape) != (count, B, n):
             raise RuntimeError(
-                f"Expected {name} of shape {(count, B, width)}, got {tuple(state.shape)}"
-            )
+                f"Expected {name} of shape {(count, B, n)}, got {tuple(state.shape)}"
+            ) from None
         for what in ("dtype", "device"):
-            wanted, given = getattr(first.weight_hh, what), getattr(state, what)
-            if wanted != given:
-                raise RuntimeError(f"Expected {name} of the weights' {what} {wanted}, got {given}")
+            wanted, found = getattr(weight_hh, what), getattr(state, what)
+            if wanted != found:
+                raise RuntimeError(
+                    f"Expected {name} of the weights' {what} {wanted}, got {found}"
+                ) from None
 
 
 def expect_tensor(name: str, value: Any, shape: tuple[int, ...], like: Tensor) -> None:

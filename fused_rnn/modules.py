@@ -10,7 +10,6 @@ from torch.nn.modules.rnn import RNNBase, RNNCellBase
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from . import functional
-from .reference import Weights
 
 # Taken once: inside fused_rnn.patch(), torch.nn.LSTM is our own class.
 _TorchLSTM = nn.LSTM
@@ -41,9 +40,9 @@ class _Layer(RNNBase):
                 f"For unbatched 2-D input, hx should also be 2-D but got {given}-D tensor"
             )
 
-    def _functional(self, *args: Any, **options: Any) -> tuple[Tensor, ...]:
-        """This layer's functional form: output, states and what the options add."""
-        raise NotImplementedError
+    def _cell(self) -> str:
+        """The name of this layer's cell in the ops."""
+        return self.mode.lower()
 
     def _run(
         self,
@@ -148,24 +147,31 @@ class _Layer(RNNBase):
         resets: Tensor | None,
         **options: Any,
     ) -> tuple[list[Tensor], States]:
-        # By name, not from _flat_weights, which parametrizations and functional_call leave behind.
-        weights = [getattr(self, name) for names in self._all_weights for name in names]
-        output, *rest = self._functional(
+        output, *rest = functional.run(
+            self._cell(),
             input,
-            None if states is None else self._pack_states(states),
-            weights,
+            () if states is None else states,
+            self._weights(),
             self.bias,
             self.num_layers,
             self.dropout,
             self.training,
             self.bidirectional,
             batch_first,
-            lengths=lengths,
-            resets=resets,
+            lengths,
+            resets,
             **options,
         )
         count = 2 if self.mode == "LSTM" else 1
         return [output, *rest[count:]], tuple(rest[:count])
+
+    def _weights(self) -> list[Tensor]:
+        # By name, not from _flat_weights, which parametrizations and functional_call leave behind.
+        parameters = self._parameters
+        try:
+            return [parameters[name] for name in self._flat_weights_names]  # type: ignore[misc]
+        except KeyError:
+            return [getattr(self, name) for name in self._flat_weights_names]
 
 
 class RNN(_Layer):
@@ -204,8 +210,8 @@ class RNN(_Layer):
             )
         super().__init__(f"RNN_{self.nonlinearity.upper()}", *args, **kwargs)
 
-    def _functional(self, *args: Any, **options: Any) -> tuple[Tensor, ...]:
-        return functional.rnn(*args, nonlinearity=self.nonlinearity, **options)
+    def _cell(self) -> str:
+        return functional.rnn_cell(self.nonlinearity)
 
     def forward(  # type: ignore[override]
         self,
@@ -258,9 +264,6 @@ class GRU(_Layer):
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
         super().__init__("GRU", *args, **kwargs)
 
-    def _functional(self, *args: Any, **options: Any) -> tuple[Tensor, ...]:
-        return functional.gru(*args, **options)
-
     forward = RNN.forward
 
 
@@ -284,9 +287,6 @@ class LSTM(_Layer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__("LSTM", *args, **kwargs)
-
-    def _functional(self, *args: Any, **options: Any) -> tuple[Tensor, ...]:
-        return functional.lstm(*args, **options)
 
     def _unpack_states(self, hx: Any) -> States:
         return _pair("LSTM", hx)
@@ -373,9 +373,12 @@ class _Cell(RNNCellBase):
                     f"hidden{i} has inconsistent hidden_size: got {state.size(1)}, "
                     f"expected {self.hidden_size}"
                 )
-        weights = Weights(self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, None)
-        h, c = (None, None) if states is None else (*states, None)[:2]
-        result = functional.step(cell, input, h, c, weights)
+        weights = [self.weight_ih, self.weight_hh]
+        bias_ih, bias_hh = self.bias_ih, self.bias_hh
+        has_biases = bias_ih is not None and bias_hh is not None
+        if has_biases:
+            weights += [bias_ih, bias_hh]
+        result = functional.step(cell, input, states or (), weights, has_biases)
         return result if batched else tuple(s.squeeze(0) for s in result)
 
     def _check_state_dim(self, what: str, state: Tensor | None) -> None:

@@ -1,18 +1,21 @@
 """The compiled ops: loads ``fused_rnn._C`` and tells torch the shapes of their results.
 
-``torch.ops.fused_rnn.{cell}_forward`` and ``{cell}_backward`` own the recurrence of one layer and
-nothing else; the schemas and their letters stand in ``csrc/binding.cpp`` and ``csrc/params.h``.
+``torch.ops.fused_rnn.{cell}_forward`` and ``{cell}_backward`` are one layer, all directions; the
+schemas and their letters stand in ``csrc/binding.cpp`` and ``csrc/params.h``. On CUDA they are
+composed of torch's products and the recurrence ops (``composed.py``).
 """
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
-from . import _C
+from . import _C, composed
 
 
 class CellTraits(NamedTuple):
@@ -29,13 +32,22 @@ CELLS: dict[str, CellTraits] = {
     name: CellTraits(name, **traits) for name, traits in _C.cells().items()
 }
 
-
-def forward_op(cell: str) -> torch._ops.OpOverloadPacket:
-    return getattr(torch.ops.fused_rnn, f"{cell}_forward")
+RESERVE_BLOCK = 16  # units that lie side by side in what the CPU engine saves
 
 
-def backward_op(cell: str) -> torch._ops.OpOverloadPacket:
-    return getattr(torch.ops.fused_rnn, f"{cell}_backward")
+def _overloads(suffix: str) -> dict[str, OpOverload]:
+    return {name: getattr(torch.ops.fused_rnn, f"{name}_{suffix}").default for name in CELLS}
+
+
+_FORWARD, _BACKWARD = _overloads("forward"), _overloads("backward")
+
+
+def forward_op(cell: str) -> OpOverload:
+    return _FORWARD[cell]
+
+
+def backward_op(cell: str) -> OpOverload:
+    return _BACKWARD[cell]
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -43,68 +55,108 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _check_devices(input: Tensor, *others: Tensor) -> None:
+    # Torch takes a tensor of the meta device among others for a question about shapes.
+    for tensor in others:
+        if tensor.device != input.device:
+            raise RuntimeError(
+                f"Expected all tensors on input's device {input.device}, got {tensor.device}"
+            )
+
+
 def _register_fakes(cell: CellTraits) -> None:
     def forward(
-        input_gates: Tensor,
-        hx: Tensor | None,
-        cx: Tensor | None,
-        weight_hh: Tensor,
-        bias_hh: Tensor | None,
-        weight_hr: Tensor | None,
+        input: Tensor,
+        states: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        has_biases: bool,
         lengths: Tensor | None,
         resets: Tensor | None,
+        lanes: int,
         directions: int,
-        save_reserve: bool,
-        save_cells: bool,
-    ) -> tuple[Tensor, ...]:
-        T, B, L, gate_rows = input_gates.shape
-        H, P = gate_rows // cell.gates, weight_hh.shape[2]
-        new = input_gates.new_empty
-        none = (0,)
-        with_cells = cell.has_c and (save_reserve or save_cells)
-        return (
-            new((T, B, L, P)),
-            new((L, B, P)),
-            new((L, B, H) if cell.has_c else none),
-            new((T, B, L, cell.saved * H) if save_reserve and cell.saved else none),
-            new((T, B, L, H), dtype=compute_dtype(input_gates.dtype)) if with_cells else new(none),
-            new((T, B, L, H) if save_reserve and weight_hr is not None else none),
-        )
+        save: bool,
+        want_cells: bool,
+    ) -> list[Tensor]:
+        _check_devices(input, *states, *weights)
+        T, B, _ = input.shape
+        H, P = weights[1].shape[0] // cell.gates, weights[1].shape[1]
+        projected = len(weights) // lanes > (4 if has_biases else 2)
+        new = input.new_empty
+        c_dtype = compute_dtype(input.dtype)
+
+        def reserve(values: int, dtype: torch.dtype) -> Tensor:
+            if input.device.type == "cuda":
+                return new((T, B, lanes, values * H), dtype=dtype)
+            blocks = -(-H // RESERVE_BLOCK)
+            return new((T, lanes, blocks, B, values, RESERVE_BLOCK), dtype=dtype)
+
+        results = [new((T, B, lanes * P)), new((lanes, B, P))]
+        if cell.has_c:
+            results.append(new((lanes, B, H)))
+        if want_cells:
+            results.append(new((T, B, lanes, H), dtype=c_dtype))
+        if save:
+            results += [reserve(cell.saved, input.dtype)] if cell.saved else []
+            results += [reserve(1, c_dtype)] if cell.has_c else []
+            results += [new((T, B, lanes, H))] if projected else []
+        return results
 
     def backward(
         grad_output: Tensor | None,
         grad_h_n: Tensor | None,
         grad_c_n: Tensor | None,
         grad_cells: Tensor | None,
-        output: Tensor,
-        reserve: Tensor,
-        cells: Tensor,
-        hx: Tensor | None,
-        cx: Tensor | None,
-        weight_hh: Tensor,
-        weight_hr: Tensor | None,
+        input: Tensor,
+        states: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        has_biases: bool,
         lengths: Tensor | None,
         resets: Tensor | None,
+        lanes: int,
         directions: int,
-    ) -> tuple[Tensor, ...]:
-        T, B, L, P = output.shape
-        gate_rows = weight_hh.shape[1]
-        new = output.new_empty
-        none = (0,)
-        return (
-            new((T, B, L, gate_rows)),
-            new((T, B, L, gate_rows) if cell.split_gates else none),
-            new((L, B, P)),
-            new((L, B, gate_rows // cell.gates) if cell.has_c else none),
-            new((T, B, L, P) if weight_hr is not None else none),
-        )
+        output: Tensor,
+        saved: Sequence[Tensor],
+        need_input: bool,
+        need_states: bool,
+        need_weights: bool,
+    ) -> list[Tensor]:
+        B = input.shape[1]
+        H, P = weights[1].shape[0] // cell.gates, weights[1].shape[1]
+        shapes: list[tuple[int, ...]] = [tuple(input.shape)] if need_input else []
+        if need_states:
+            shapes += [(lanes, B, P), (lanes, B, H)] if cell.has_c else [(lanes, B, P)]
+        if need_weights:
+            shapes += [tuple(weight.shape) for weight in weights]
+        return [input.new_empty(shape) for shape in shapes]
 
     torch.library.register_fake(f"fused_rnn::{cell.name}_forward", forward)
     torch.library.register_fake(f"fused_rnn::{cell.name}_backward", backward)
 
 
+def compose_layer(cell: CellTraits, namespace: str = "fused_rnn", device: str = "CUDA") -> None:
+    """Implements the layer ops of ``cell`` on a device by its recurrence ops (``composed.py``)."""
+    recurrences = {
+        direction: getattr(getattr(torch.ops, namespace), f"{cell.name}_recurrence_{direction}")
+        for direction in ("forward", "backward")
+    }
+
+    # As every op: no graph inside, and dtypes that depend on the arguments alone.
+    def forward(*args: Any) -> list[Tensor]:
+        with torch.no_grad(), torch.autocast(device.lower(), enabled=False):
+            return composed.forward(cell, recurrences["forward"].default, *args)
+
+    def backward(*args: Any) -> list[Tensor]:
+        with torch.no_grad(), torch.autocast(device.lower(), enabled=False):
+            return composed.backward(cell, recurrences["backward"].default, *args)
+
+    torch.library.impl(f"{namespace}::{cell.name}_forward", device, forward)
+    torch.library.impl(f"{namespace}::{cell.name}_backward", device, backward)
+
+
 for _cell in CELLS.values():
     _register_fakes(_cell)
+    if _C.build_info()["cuda"] is not None:
+        compose_layer(_cell)
 
 
 @torch.library.register_fake("fused_rnn::additive_attention_forward")

@@ -185,6 +185,16 @@ def assert_near(ours: Named, expected: Named) -> None:
     assert_close_like_torch([ours], [expected], [expected])
 
 
+def values_by_unit(saved: Tensor, H: int) -> Tensor:
+    """What the CPU's forward saved, as (T, B, L, S, H); other tensors as they are.
+
+    Without the padding of the last block, which is nobody's and may be NaN.
+    """
+    if saved.dim() != 6:
+        return saved
+    return saved.permute(0, 3, 1, 4, 2, 5).flatten(4)[..., :H]
+
+
 def layer_weights(layer: Any) -> list[list[Weights]]:
     """The weights of a layer as ``reference.stacked`` takes them."""
 

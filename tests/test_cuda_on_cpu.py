@@ -2,19 +2,22 @@
 
 ``csrc/cuda/device.cuh`` has a host twin of everything that kernels use. Here the unmodified ``.cu``
 file and the binding are built as C++, the ops registered under another name, and every
-configuration is run through them: kernels, the engine's loop and the binding that serves it.
+configuration is run through them: kernels, the engine's loop, the binding that serves it, and
+``fused_rnn/composed.py``, which makes layers of it.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
+from typing import Any
 
 import native
 import pytest
 import torch
 from torch import Tensor
 
-from fused_rnn import autograd, ops, reference
+from fused_rnn import autograd, composed, ops, reference
 from fused_rnn.reference import Weights
 
 GATES = {name: traits.gates for name, traits in ops.CELLS.items()}
@@ -37,12 +40,21 @@ def per_step():
         native.torch_link_flags(),
     )
     torch.ops.load_library(str(library))
-    namespace = torch.ops.fused_rnn_cuda_on_cpu
+    for traits in ops.CELLS.values():
+        ops.compose_layer(traits, "fused_rnn_cuda_on_cpu", "CPU")
     patch = pytest.MonkeyPatch()
-    patch.setattr(ops, "forward_op", lambda cell: getattr(namespace, f"{cell}_forward"))
-    patch.setattr(ops, "backward_op", lambda cell: getattr(namespace, f"{cell}_backward"))
+    for direction in ("forward", "backward"):
+        patch.setattr(ops, f"{direction}_op", functools.partial(named_op, direction))
     yield
     patch.undo()
+
+
+def named_op(name: str, cell: str) -> Any:
+    return getattr(torch.ops.fused_rnn_cuda_on_cpu, f"{cell}_{name}").default
+
+
+def recurrence_op(cell: str, direction: str) -> Any:
+    return named_op(f"recurrence_{direction}", cell)
 
 
 def make_case(
@@ -99,13 +111,21 @@ def results(case: dict, run) -> list[Tensor]:
 
 
 def run_reference(**case) -> tuple:
-    if case["cell"] == "lstm":
-        return reference.layer(**case)
-    return reference.layer(**case)[:2]
+    output, *final = reference.layer(**case)
+    return output.flatten(2), *(final if case["cell"] == "lstm" else final[:1])
 
 
 def run_per_step(**case) -> tuple:
-    return autograd.run_layer(**case, want_cells=case["cell"] == "lstm")
+    lanes = case.pop("weights")
+    states = [s for s in (case.pop("hx"), case.pop("cx")) if s is not None]
+    return autograd.run_layer(
+        **case,
+        states=states,
+        weights=[t for lane in lanes for t in lane if t is not None],
+        has_biases=lanes[0].bias_ih is not None,
+        lanes=len(lanes),
+        want_cells=case["cell"] == "lstm",
+    )
 
 
 SHAPES = [(1, 1, 1), (4, 3, 5), (3, 2, 130)]
@@ -166,11 +186,198 @@ def test_empty_batch_and_time():
     for T, B in ((0, 3), (4, 0)):
         case = make_case("lstm", T, B, 5, 2, 0, True, False, False)
         output, h_n, c_n, _ = run_per_step(**case)
-        assert output.shape == (T, B, 2, 5)
+        assert output.shape == (T, B, 2 * 5)
         if T == 0:
             assert torch.equal(h_n, case["hx"]) and torch.equal(c_n, case["cx"])
 
 
-def test_the_per_step_engine_really_ran():
-    """Its float sums are not the CPU engine's: the routing above is in place."""
-    assert ops.forward_op("lstm") is torch.ops.fused_rnn_cuda_on_cpu.lstm_forward
+def test_the_per_step_engine_really_ran(monkeypatch):
+    """The routing above is in place: without the recurrence ops no layer runs."""
+
+    def refuse(*args):
+        raise AssertionError("ran")
+
+    monkeypatch.setattr(composed, "forward", refuse)
+    with pytest.raises(AssertionError, match="ran"):
+        run_per_step(**make_case("lstm", 4, 3, 5, 1, 0, True, False, False))
+
+
+# The recurrence ops themselves
+
+VARIANTS = ("plain", "two_lanes", "two_directions", "ragged", "bare", "projected")
+CASES = [(c, v) for c in ops.CELLS for v in VARIANTS if v != "projected" or ops.CELLS[c].has_c]
+RESULTS = ("output", "h_n", "c_n", "reserve", "cells", "unprojected")
+
+
+def forward_arguments(cell: str, variant: str = "plain", T: int = 4) -> dict[str, Any]:
+    """Arguments of ``{cell}_recurrence_forward`` by name."""
+    traits = ops.CELLS[cell]
+    L = 2 if variant in ("two_lanes", "two_directions", "projected") else 1
+    B, H = 3, 5
+    P = 2 if variant == "projected" else H
+    rows = traits.gates * H
+    bare, ragged = variant == "bare", variant in ("ragged", "projected")
+    return {
+        "input_gates": torch.randn(T, B, L, rows),
+        "hx": None if bare else torch.randn(L, B, P),
+        "cx": None if bare or not traits.has_c else torch.randn(L, B, H),
+        "weight_hh": torch.randn(L, rows, P),
+        "bias_hh": None if bare else torch.randn(L, rows),
+        "weight_hr": torch.randn(L, P, H) if variant == "projected" else None,
+        "lengths": torch.arange(B) % (T + 1) if ragged else None,
+        "resets": torch.rand(T, B) < 0.3 if ragged else None,
+        "directions": 2 if variant in ("two_directions", "projected") else 1,
+        "save_reserve": not bare,
+        "save_cells": variant == "projected",
+    }
+
+
+def backward_arguments(cell: str, variant: str = "plain", T: int = 4) -> dict[str, Any]:
+    """Arguments of ``{cell}_recurrence_backward`` by name, after a forward that saved."""
+    traits = ops.CELLS[cell]
+    given = forward_arguments(cell, variant, T) | {"save_reserve": True}
+    output, h_n, c_n, reserve, cells, _ = recurrence_op(cell, "forward")(**given)
+    bare = variant == "bare"
+    return {
+        "grad_output": torch.randn_like(output),
+        "grad_h_n": None if bare else torch.randn_like(h_n),
+        "grad_c_n": None if bare or not traits.has_c else torch.randn_like(c_n),
+        "grad_cells": torch.randn_like(cells) if variant == "projected" else None,
+        "output": output,
+        "reserve": reserve,
+        "cells": cells,
+        **{k: given[k] for k in ("hx", "cx", "weight_hh", "weight_hr", "lengths", "resets")},
+        "directions": given["directions"],
+    }
+
+
+ARGUMENTS = {"forward": forward_arguments, "backward": backward_arguments}
+
+
+@pytest.mark.parametrize("direction", ARGUMENTS)
+@pytest.mark.parametrize("cell, variant", CASES)
+def test_recurrence_obeys_its_schema(cell, variant, direction):
+    """Its results alias nothing and its arguments stay as they are."""
+    given = ARGUMENTS[direction](cell, variant)
+    torch.library.opcheck(recurrence_op(cell, direction), (), given, test_utils="test_schema")
+
+
+@pytest.mark.parametrize("direction", ARGUMENTS)
+@pytest.mark.parametrize("cell, variant", CASES)
+def test_recurrence_of_strided_arguments(cell, variant, direction):
+    """Same values, other places in memory: the results are bitwise the same."""
+
+    def elsewhere(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.dim() < 2:
+            return value
+        return value.movedim(-1, 0).contiguous().movedim(0, -1)
+
+    op, given = recurrence_op(cell, direction), ARGUMENTS[direction](cell, variant)
+    expected, found = op(**given), op(**{k: elsewhere(v) for k, v in given.items()})
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("save_cells", [False, True])
+@pytest.mark.parametrize("save_reserve", [False, True])
+@pytest.mark.parametrize("cell", GATES)
+def test_what_a_recurrence_saves(cell, save_reserve, save_cells):
+    given = forward_arguments(cell)
+    op = recurrence_op(cell, "forward")
+    expected = op(**given)
+    given |= {"save_reserve": save_reserve, "save_cells": save_cells}
+    found = dict(zip(RESULTS, op(**given), strict=True))
+    traits = ops.CELLS[cell]
+    assert found["reserve"].numel() == (4 * 3 * 5 * traits.saved if save_reserve else 0)
+    assert found["cells"].numel() == (
+        4 * 3 * 5 if traits.has_c and (save_reserve or save_cells) else 0
+    )
+    for a, b in zip(list(found.values())[:3], expected[:3], strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("cell, variant", CASES)
+def test_recurrence_without_timesteps(cell, variant):
+    """The states, and their gradients, pass straight through; absent ones are zeros."""
+    given = forward_arguments(cell, variant, T=0)
+    output, h_n, c_n, *_ = recurrence_op(cell, "forward")(**given)
+    assert output.numel() == 0
+    backward = backward_arguments(cell, variant, T=0)
+    _, _, d_hx, d_cx, _ = recurrence_op(cell, "backward")(**backward)
+    pairs = [(h_n, given["hx"]), (d_hx, backward["grad_h_n"])]
+    if ops.CELLS[cell].has_c:
+        pairs += [(c_n, given["cx"]), (d_cx, backward["grad_c_n"])]
+    for found, passed in pairs:
+        assert torch.equal(found, torch.zeros_like(found) if passed is None else passed)
+
+
+def wrong_arguments(arguments: dict[str, Any]) -> list[tuple[str, Any]]:
+    """For every tensor argument, what must not be accepted."""
+    found: list[tuple[str, Any]] = []
+    for name, value in arguments.items():
+        if not isinstance(value, Tensor) or value.numel() == 0:
+            continue
+        found.append((name, value[..., :-1]))
+        found.append((name, value.unsqueeze(0)))
+        found.append((name, torch.zeros_like(value, dtype=torch.int32)))
+        if value.is_floating_point() and name not in ("input_gates", "output"):
+            found.append((name, value.to(torch.float16)))
+    T = 4
+    found += [("lengths", torch.full((3,), T + 1)), ("lengths", torch.tensor([0, -1, 2]))]
+    found += [("directions", 0), ("directions", 3)]
+    return found
+
+
+@pytest.mark.parametrize("direction", ARGUMENTS)
+@pytest.mark.parametrize("cell", GATES)
+def test_errors_of_a_recurrence_name_the_argument(cell, direction):
+    given = ARGUMENTS[direction](cell, "projected" if cell == "lstm" else "ragged")
+    silent = []
+    for name, wrong in wrong_arguments(given):
+        what = f"{name}={getattr(wrong, 'shape', wrong)} {getattr(wrong, 'dtype', '')}"
+        try:
+            recurrence_op(cell, direction)(**(given | {name: wrong}))
+            silent.append(f"{what}: accepted")
+        except RuntimeError as error:
+            # Where a size is shared, the other one that does not fit may be named as well as ours.
+            if f"{name} " not in str(error) and not shares_a_size(name, str(error)):
+                silent.append(f"{what}: {str(error).splitlines()[0]}")
+    assert not silent, "\n".join(silent)
+
+
+def shares_a_size(name: str, message: str) -> bool:
+    """The sizes are taken from these; the argument found not to fit them is the one named."""
+    return (
+        name in ("input_gates", "output", "weight_hh")
+        and "Expected " in message
+        and (" of shape " in message or " even number of lanes" in message)
+    )
+
+
+@pytest.mark.parametrize("cell", ["rnn_tanh", "rnn_relu", "gru"])
+@pytest.mark.parametrize("name", ["cx", "weight_hr"])
+def test_arguments_a_recurrence_does_not_have_are_refused(cell, name):
+    given = forward_arguments(cell)
+    value = torch.zeros(1, 3, 5) if name == "cx" else torch.zeros(1, 5, 5)
+    with pytest.raises(RuntimeError, match=name):
+        recurrence_op(cell, "forward")(**(given | {name: value}))
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+@pytest.mark.parametrize("cell", GATES)
+def test_composed_layer_obeys_its_schema(cell, lanes):
+    """Its results alias neither each other nor its arguments, which stay as they are."""
+    has_c = ops.CELLS[cell].has_c
+    given = make_case(cell, 4, 3, 5, lanes, 2 if has_c else 0, True, False, False)
+    weights = [t.detach() for lane in given["weights"] for t in lane if t is not None]
+    states = [s.detach() for s in (given["hx"], given["cx"]) if s is not None]
+    common = (given["input"].detach(), states, weights, True, None, None, lanes, lanes)
+    forward = (*common, True, has_c)
+    output, *rest = ops.forward_op(cell)(*forward)
+    grads = (torch.ones_like(output), None, None, None)
+    saved = rest[1 + 2 * has_c :]
+    backward = (*grads, *common, output, saved, True, True, True)
+    for op, args in ((ops.forward_op(cell), forward), (ops.backward_op(cell), backward)):
+        torch.library.opcheck(op, args, test_utils="test_schema")
+        results = op(*args)
+        assert len({t.untyped_storage().data_ptr() for t in results}) == len(results)

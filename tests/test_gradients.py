@@ -244,6 +244,23 @@ def test_nothing_is_kept_where_nothing_is_wanted(cell: str) -> None:
     assert not any(state.requires_grad for state in as_tuple(final))
 
 
+@pytest.mark.parametrize("cell", LAYERS)
+def test_a_tensor_that_outlived_its_transform(cell: str) -> None:
+    """What torch.func hands to a function, kept, still leads back to the tensor it wraps."""
+    layer = fused(cell, 3, 17)
+    x = torch.randn(4, 2, 3, requires_grad=True)
+    kept = []
+
+    def function(input: Tensor) -> Tensor:
+        kept.append(input)
+        return input.sum()
+
+    torch.func.grad(function)(x)
+    layer(kept[0])[0].sum().backward()
+    (expected,) = torch.autograd.grad(layer(x)[0].sum(), x)
+    assert torch.equal(x.grad, expected)
+
+
 @pytest.mark.parametrize("variant", ["plain", "stacked", "projected"])
 @pytest.mark.parametrize("cell", LAYERS)
 def test_accumulated_gradients_do_not_alias(cell: str, variant: str, device: str) -> None:

@@ -24,6 +24,7 @@ from helpers import (
     pair,
     run,
     states,
+    values_by_unit,
 )
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
@@ -316,7 +317,7 @@ SPLITS = {
 }
 
 
-def recurrence(
+def layer_ops(
     cell: str, T: int, B: int, L: int, H: int, *, dtype: torch.dtype, ragged: bool, projected: bool
 ) -> list[Tensor]:
     """Every result of both ops, from a fixed seed."""
@@ -325,21 +326,22 @@ def recurrence(
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(dtype)
 
-    rows, P = ops.CELLS[cell].gates * H, 70 if projected else H
-    weight_hr = random(L, P, H) / H**0.5 if projected else None
-    weight_hh, bias_hh = random(L, rows, P) / P**0.5, random(L, rows)
-    hx, cx = random(L, B, P), random(L, B, H) if cell == "lstm" else None
+    I, rows, P = 70, ops.CELLS[cell].gates * H, 70 if projected else H  # noqa: E741
+    weights = []
+    for _ in range(L):
+        weights += [random(rows, I) / I**0.5, random(rows, P) / P**0.5, random(rows), random(rows)]
+        weights += [random(P, H) / H**0.5] if projected else []
+    has_c = cell == "lstm"
+    states = [random(L, B, P), random(L, B, H)] if has_c else [random(L, B, P)]
     lengths = torch.arange(B) % (T + 1) if ragged else None
     resets = torch.rand(T, B, generator=generator) < 0.2 if ragged else None
-    forward = ops.forward_op(cell)(
-        random(T, B, L, rows), hx, cx, weight_hh, bias_hh, weight_hr, lengths, resets, L, True, True
-    )
-    output, h_n, c_n, reserve, cells, _ = forward
-    like = [random(*t.shape) if t.numel() else None for t in (output, h_n, c_n)]
-    backward = ops.backward_op(cell)(
-        *like, None, output, reserve, cells, hx, cx, weight_hh, weight_hr, lengths, resets, L
-    )
-    return [*forward, *backward]
+    common = (random(T, B, I), states, weights, True, lengths, resets, L, L)
+    forward = ops.forward_op(cell)(*common, True, has_c)
+    output, *final = forward[: 2 + has_c]
+    saved = forward[2 + 2 * has_c :]
+    grads = [random(*t.shape) for t in (output, *final)] + [None] * (1 - has_c)
+    backward = ops.backward_op(cell)(*grads, None, *common, output, saved, True, True, True)
+    return [*(values_by_unit(t, H) for t in forward), *backward]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
@@ -347,13 +349,13 @@ def recurrence(
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
 def test_threads_do_not_matter(cell: str, split: str, variant: str, dtype: str) -> None:
-    """Bitwise, for what the ops own; torch's own matrix products do depend on the thread count."""
+    """Bitwise, products included."""
     if variant == "projected" and cell != "lstm":
         return
     results = []
     for threads in (1, 2, 3, 4, 4):
         torch.set_num_threads(threads)
-        found = recurrence(
+        found = layer_ops(
             cell,
             **SPLITS[split],
             dtype=getattr(torch, dtype),
@@ -378,7 +380,7 @@ def test_runs_are_bitwise_equal(cell: str, device: str) -> None:
     assert_equal(runs[2], runs[0])
 
 
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
+@pytest.mark.parametrize("isa", ["avx512_bf16", "avx512", "avx2", "portable"])
 def test_every_instruction_set(isa: str) -> None:
     """A sample of these tests in a process of its own: the choice is made once per process."""
     supported = fused_rnn._C.instruction_sets()

@@ -331,11 +331,22 @@ inline int64_t slots_for(const Host& host, int64_t tasks) {
   return tasks < host.threads ? tasks : host.threads;
 }
 
+template <class S, class Params, class PanelsOfValues>
+void pack_values(const Params& p, const Host& host, const PanelsOfValues& panels) {
+  const bool worthwhile = p.B * p.K * p.D >= packing_worth_a_thread;
+  parallel(host, p.B * panels.count, worthwhile, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t b = task / panels.count;
+      panels.pack(b, task % panels.count, static_cast<const S*>(p.value) + b * p.K * p.D);
+    }
+  });
+}
+
 template <class S>
 class AttentionForward {
   using C = Compute<S>;
   using V = Vector<C>;
-  using Values = Panels<C, S, 1, 2>;
+  using Values = Panels<Plain<C>, 1, 2>;
 
  public:
   AttentionForward(const AttentionForwardParams& p, const Host& host)
@@ -343,8 +354,7 @@ class AttentionForward {
         host(host),
         tiles((p.Q + max_tile_queries - 1) / max_tile_queries),
         slots(slots_for(host, p.B * tiles)),
-        values(
-            {by_rows(p) ? nullptr : static_cast<const S*>(p.value), nullptr, p.D, p.K, 0, 1, p.D}),
+        values({p.D, p.K, 0, 1, p.D}, !by_rows(p)),
         tile(slots, AttentionTile<S>(p)) {
     take_all(host, *this);
   }
@@ -358,7 +368,7 @@ class AttentionForward {
 
   void run() {
     if (!by_rows(p)) transpose_keys(tile[0], host, kt);
-    pack_all(host, p.B, values, Values(PanelSource<S>{}));
+    pack_values<S>(p, host, values);
     for (auto& t : tile) t.load_weight();
     for_each_task(host, p.B * tiles, slots, [&](int64_t task, int64_t slot) {
       const int64_t first = task % tiles * max_tile_queries;
@@ -391,17 +401,10 @@ class AttentionForward {
       for (int64_t i = 0; i < t.rows; ++i)
         sum_values(t, t.scores + i * t.score_width, sum_of_values, context + i * p.D);
     for (int64_t panel = 0; panel < values.count; ++panel)
-      for_each_tile<C, Values::W>(t.scores, t.score_width, t.rows, t.reachable(),
-                                  values.panel(t.b, panel), nullptr,
-                                  [&](int64_t first, int height, const C* product) {
-                                    for (int r = 0; r < height; ++r, product += Values::W * V::size)
-                                      for (int v = 0; v < Values::W; ++v) {
-                                        const int64_t d = panel * Values::units_each + v * V::size;
-                                        if (d >= p.D) break;
-                                        Memory<V>::store(V::load(product + v * V::size),
-                                                         context + (first + r) * p.D + d, p.D - d);
-                                      }
-                                  });
+      values.multiply_units(t.b, panel, t.scores, t.score_width, t.rows, t.reachable(),
+                            [&](int64_t r, int64_t d, int64_t n, V product) {
+                              Memory<V>::store(product, context + r * p.D + d, n);
+                            });
   }
 
   // context = sum_j weights[j] value_j, the values read once and in order.
@@ -435,7 +438,7 @@ template <class S>
 class AttentionBackward {
   using C = Compute<S>;
   using V = Vector<C>;
-  using Transposed = Panels<C, S, 1, 2>;       // of the values: columns are keys, k runs over D
+  using Transposed = Panels<Plain<C>, 1, 2>;   // of the values: columns are keys, k runs over D
   static constexpr int64_t keys_together = 8;  // panels between two horizontal sums
 
   struct Slot {
@@ -465,8 +468,7 @@ class AttentionBackward {
         host(host),
         splits(backward_splits(p)),
         slots(slots_for(host, p.B * splits)),
-        transposed(
-            {by_rows(p) ? nullptr : static_cast<const S*>(p.value), nullptr, p.K, p.D, 0, p.D, 1}),
+        transposed({p.K, p.D, 0, p.D, 1}, !by_rows(p)),
         slot(slots, Slot(p)),
         panels(slot[0].tile.panels),
         channels(slot[0].tile.channels),
@@ -488,7 +490,7 @@ class AttentionBackward {
 
   void run() {
     if (!by_rows(p)) transpose_keys(slot[0].tile, host, kt);
-    pack_all(host, p.B, transposed, Transposed(PanelSource<S>{}));
+    pack_values<S>(p, host, transposed);
     for (auto& s : slot) s.tile.load_weight();
     for_each_task(host, p.B * splits, slots,
                   [&](int64_t task, int64_t at) { run_split(task, slot[at]); });
@@ -556,16 +558,10 @@ class AttentionBackward {
       for (int64_t i = 0; i < t.rows * p.D; ++i) s.grad_context[i] = C(widen(from[i]));
       if (by_rows(p)) dot_values(s, end);
       for (int64_t panel = 0; !by_rows(p) && panel * Transposed::units_each < end; ++panel)
-        for_each_tile<C, Transposed::W>(
-            s.grad_context, p.D, t.rows, p.D, transposed.panel(t.b, panel), nullptr,
-            [&](int64_t first, int height, const C* product) {
-              for (int r = 0; r < height; ++r, product += Transposed::W * V::size)
-                for (int v = 0; v < Transposed::W; ++v) {
-                  const int64_t j = panel * Transposed::units_each + v * V::size;
-                  if (j < width)
-                    V::load(product + v * V::size).store(s.d_scores + (first + r) * width + j);
-                }
-            });
+        transposed.multiply_units(t.b, panel, s.grad_context, p.D, t.rows, p.D,
+                                  [&](int64_t r, int64_t j, int64_t, V product) {
+                                    product.store(s.d_scores + r * width + j);
+                                  });
       if (!by_rows(p)) add_d_values(s, d_values_of(task), end);
     }
     for (int64_t i = 0; i < t.rows; ++i) {

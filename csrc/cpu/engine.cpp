@@ -14,27 +14,33 @@ namespace fused_rnn {
   cpu::BackwardFn backward_function(cpu::CellId cell, DType d);  \
   cpu::AttentionForwardFn attention_forward_function(DType d);   \
   cpu::AttentionBackwardFn attention_backward_function(DType d); \
+  double multiply_add_function(int64_t rounds);                  \
   }
 #define FUSED_RNN_FUNCTIONS(isa)                                                  \
   isa::forward_function, isa::backward_function, isa::attention_forward_function, \
-      isa::attention_backward_function
+      isa::attention_backward_function, isa::multiply_add_function
 FUSED_RNN_DECLARE(portable)
 #if defined(__x86_64__)
 FUSED_RNN_DECLARE(avx2)
 FUSED_RNN_DECLARE(avx512)
+FUSED_RNN_DECLARE(avx512_bf16)
 #endif
 
 namespace cpu {
 namespace {
 
+#if defined(__x86_64__)
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
 const InstructionSet sets[] = {
 #if defined(__x86_64__)
-    {"avx512",
-     [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-     },
-     FUSED_RNN_FUNCTIONS(avx512)},
+    {"avx512_bf16", [] { return has_avx512() && __builtin_cpu_supports("avx512bf16"); },
+     FUSED_RNN_FUNCTIONS(avx512_bf16)},
+    {"avx512", has_avx512, FUSED_RNN_FUNCTIONS(avx512)},
     {"avx2",
      [] {
        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
@@ -54,8 +60,9 @@ const InstructionSet& choose() {
       throw std::runtime_error(std::string("FUSED_RNN_CPU_ISA=") + wanted +
                                ": this machine does not support it");
   }
-  throw std::runtime_error(std::string("FUSED_RNN_CPU_ISA=") + wanted +
-                           ": no such instruction set; expected avx512, avx2 or portable");
+  throw std::runtime_error(
+      std::string("FUSED_RNN_CPU_ISA=") + wanted +
+      ": no such instruction set; expected avx512_bf16, avx512, avx2 or portable");
 }
 
 }  // namespace

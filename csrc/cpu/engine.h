@@ -18,8 +18,8 @@ struct Host {
   void* allocator;
 };
 
-using ForwardFn = void (*)(const ForwardParams&, const Host&);
-using BackwardFn = void (*)(const BackwardParams&, const Host&);
+using ForwardFn = void (*)(const LayerForwardParams&, const Host&);
+using BackwardFn = void (*)(const LayerBackwardParams&, const Host&);
 using AttentionForwardFn = void (*)(const AttentionForwardParams&, const Host&);
 using AttentionBackwardFn = void (*)(const AttentionBackwardParams&, const Host&);
 
@@ -33,6 +33,7 @@ struct InstructionSet {
   BackwardFn (*backward)(CellId cell, DType dtype);
   AttentionForwardFn (*attention_forward)(DType dtype);
   AttentionBackwardFn (*attention_backward)(DType dtype);
+  double (*multiply_adds)(int64_t rounds);  // float32 operations done on this thread (peak.h)
 };
 
 // All copies in this binary, best first; the last runs anywhere.

@@ -2,6 +2,8 @@
 //   FUSED_RNN_ISA            its namespace and name
 //   FUSED_RNN_VECTOR_BYTES   16, 32 or 64
 //   FUSED_RNN_F16C           if it has the half-precision conversions
+//   FUSED_RNN_BFLOAT16       if it multiplies pairs of bfloat16, and
+//   FUSED_RNN_ELSE           then the set that has all the rest
 // and has set the compiler's target. Standard headers come first, in prelude.h, and what instantiates
 // their templates lives in plan.cpp: the linker keeps one copy of an inline function, and it must not
 // be one that other machines cannot run.
@@ -16,6 +18,15 @@
 
 namespace fused_rnn {
 
+#ifdef FUSED_RNN_ELSE
+namespace FUSED_RNN_ELSE {
+cpu::ForwardFn forward_function(cpu::CellId cell, DType dtype);
+cpu::BackwardFn backward_function(cpu::CellId cell, DType dtype);
+cpu::AttentionForwardFn attention_forward_function(DType dtype);
+cpu::AttentionBackwardFn attention_backward_function(DType dtype);
+}  // namespace FUSED_RNN_ELSE
+#endif
+
 namespace FUSED_RNN_ISA {
 #include "simd.h"
 #include "product.h"
@@ -24,41 +35,63 @@ using cpu::AttentionBackwardFn;
 using cpu::AttentionForwardFn;
 using cpu::BackwardFn;
 using cpu::CellId;
+using cpu::Chunks;
 using cpu::Division;
 using cpu::ForwardFn;
 using cpu::Host;
+using cpu::packing_worth_a_thread;
 using cpu::Parts;
 using cpu::RowOrder;
 using cpu::run_phases;
 
-#include "recurrence.h"
+#include "scratch.h"
+#include "forward.h"
+#include "backward.h"
 #include "attention.h"
+#include "peak.h"
 
 template <class Cell, class S>
-void forward(const ForwardParams& p, const Host& host) {
+void forward(const LayerForwardParams& p, const Host& host) {
   Forward<Cell, S>(p, host).run();
 }
 template <class Cell, class S>
-void backward(const BackwardParams& p, const Host& host) {
+void backward(const LayerBackwardParams& p, const Host& host) {
   Backward<Cell, S>(p, host).run();
 }
 
-// Tables in the order of cells.h and of DType.
-#define FUSED_RNN_ROW(function, cell) \
-  {function<cell, float>, function<cell, double>, function<cell, BFloat16>, function<cell, Half>}
+// The functions of a storage type, by cell.
+template <class S>
+ForwardFn forward_of(CellId cell) {
+#define FUSED_RNN_FORWARD(name, cell) forward<cell, S>,
+  static constexpr ForwardFn table[] = {FUSED_RNN_FOR_EACH_CELL(FUSED_RNN_FORWARD)};
+  return table[static_cast<int>(cell)];
+}
+template <class S>
+BackwardFn backward_of(CellId cell) {
+#define FUSED_RNN_BACKWARD(name, cell) backward<cell, S>,
+  static constexpr BackwardFn table[] = {FUSED_RNN_FOR_EACH_CELL(FUSED_RNN_BACKWARD)};
+  return table[static_cast<int>(cell)];
+}
 
+double multiply_add_function(int64_t rounds) { return multiply_adds(rounds); }
+
+#ifdef FUSED_RNN_ELSE
+// A set that has something of its own for layers of bfloat16 only leaves the rest to another.
 ForwardFn forward_function(CellId cell, DType dtype) {
-#define FUSED_RNN_FORWARD(name, cell) FUSED_RNN_ROW(forward, cell),
-  static constexpr ForwardFn table[][4] = {FUSED_RNN_FOR_EACH_CELL(FUSED_RNN_FORWARD)};
-  return table[static_cast<int>(cell)][static_cast<int>(dtype)];
+  return dtype == DType::bfloat16 ? forward_of<BFloat16>(cell)
+                                  : FUSED_RNN_ELSE::forward_function(cell, dtype);
 }
-
 BackwardFn backward_function(CellId cell, DType dtype) {
-#define FUSED_RNN_BACKWARD(name, cell) FUSED_RNN_ROW(backward, cell),
-  static constexpr BackwardFn table[][4] = {FUSED_RNN_FOR_EACH_CELL(FUSED_RNN_BACKWARD)};
-  return table[static_cast<int>(cell)][static_cast<int>(dtype)];
+  return dtype == DType::bfloat16 ? backward_of<BFloat16>(cell)
+                                  : FUSED_RNN_ELSE::backward_function(cell, dtype);
 }
-
+AttentionForwardFn attention_forward_function(DType dtype) {
+  return FUSED_RNN_ELSE::attention_forward_function(dtype);
+}
+AttentionBackwardFn attention_backward_function(DType dtype) {
+  return FUSED_RNN_ELSE::attention_backward_function(dtype);
+}
+#else
 template <class S>
 void attention_forward(const AttentionForwardParams& p, const Host& host) {
   AttentionForward<S>(p, host).run();
@@ -68,18 +101,27 @@ void attention_backward(const AttentionBackwardParams& p, const Host& host) {
   AttentionBackward<S>(p, host).run();
 }
 
+// In the order of DType.
 #define FUSED_RNN_BY_DTYPE(function) \
   {function<float>, function<double>, function<BFloat16>, function<Half>}
 
+ForwardFn forward_function(CellId cell, DType dtype) {
+  static constexpr ForwardFn (*table[])(CellId) = FUSED_RNN_BY_DTYPE(forward_of);
+  return table[static_cast<int>(dtype)](cell);
+}
+BackwardFn backward_function(CellId cell, DType dtype) {
+  static constexpr BackwardFn (*table[])(CellId) = FUSED_RNN_BY_DTYPE(backward_of);
+  return table[static_cast<int>(dtype)](cell);
+}
 AttentionForwardFn attention_forward_function(DType dtype) {
   static constexpr AttentionForwardFn table[] = FUSED_RNN_BY_DTYPE(attention_forward);
   return table[static_cast<int>(dtype)];
 }
-
 AttentionBackwardFn attention_backward_function(DType dtype) {
   static constexpr AttentionBackwardFn table[] = FUSED_RNN_BY_DTYPE(attention_backward);
   return table[static_cast<int>(dtype)];
 }
+#endif
 
 }  // namespace FUSED_RNN_ISA
 }  // namespace fused_rnn

@@ -5,17 +5,17 @@
 
 namespace fused_rnn::cpu {
 
-Division::Division(const Shape& p, int gates, int64_t panels, size_t weight_bytes, int threads) {
-  const int64_t per_row = gates * p.H * p.P;  // multiply-adds of one row's timestep
+Division::Division(const Shape& p, int64_t per_row, int64_t panels, size_t weight_bytes,
+                   int threads) {
   const int64_t threads_per_lane = threads / std::max<int64_t>(p.L, 1);
   parallel = threads > 1 && p.T * p.B * p.L * per_row >= 200000;  // waking one costs a few us
   if (!parallel || threads_per_lane < 2) return;
   // Separate rows need no meeting, but every thread then streams all the weights: worth it while they
   // fit its own cache and each block still fills its tiles.
-  const bool weights_fit = weight_bytes <= (size_t(1) << 19);
+  const bool weights_fit = per_row * weight_bytes <= (size_t(1) << 20);
   if (weights_fit && p.B >= 8 * threads_per_lane) {
     blocks = threads_per_lane;
-  } else if (p.B * per_row >= 32768 * threads_per_lane) {  // a meeting costs about 0.2 us
+  } else if (p.B * per_row >= 65536 * threads_per_lane) {  // a meeting costs about 0.2 us
     members = std::min(threads_per_lane, panels);
   } else {
     blocks = std::min(threads_per_lane, p.B);
@@ -23,7 +23,7 @@ Division::Division(const Shape& p, int gates, int64_t panels, size_t weight_byte
 }
 
 RowOrder::RowOrder(const Shape& p, int64_t blocks)
-    : lengths_(p.lengths), rows_(p.B), begin_(blocks + 1) {
+    : lengths_(p.lengths), T_(p.T), rows_(p.B), begin_(blocks + 1) {
   std::vector<int64_t> sorted(p.B);
   std::iota(sorted.begin(), sorted.end(), 0);
   if (lengths_)
@@ -35,15 +35,27 @@ RowOrder::RowOrder(const Shape& p, int64_t blocks)
     for (int64_t i = block; i < p.B; i += blocks) rows_[at++] = sorted[i];
   }
   begin_[blocks] = at;
+  if (!lengths_) return;
+  before_.assign(blocks * (T_ + 1), 0);
+  for (int64_t block = 0; block < blocks; ++block) {
+    int64_t* before = before_.data() + block * (T_ + 1);
+    int64_t active = end(block) - begin(block);
+    for (int64_t t = 0; t < T_; ++t) {
+      while (active > 0 && lengths_[rows_[begin(block) + active - 1]] <= t) --active;
+      before[t + 1] = before[t] + active;
+    }
+  }
 }
 
 RowOrder::~RowOrder() = default;
 
-int64_t RowOrder::active_end(int64_t block, int64_t t) const {
-  if (!lengths_) return end(block);
-  return std::partition_point(rows_.begin() + begin(block), rows_.begin() + end(block),
-                              [&](int64_t b) { return lengths_[b] > t; }) -
-         rows_.begin();
+Chunks::Chunks(const Shape& p, const RowOrder& order, int64_t rows) : order_(order), T_(p.T) {
+  const int64_t most = std::max<int64_t>(order.end(0) - order.begin(0), 1);  // the largest block
+  const int64_t wanted = std::clamp<int64_t>((rows + most - 1) / most, 1, std::max<int64_t>(T_, 1));
+  count = (T_ + wanted - 1) / wanted;
+  steps = count ? (T_ + count - 1) / count : 1;
+  count = (T_ + steps - 1) / steps;
+  capacity = steps * most;
 }
 
 Parts::Parts(int64_t count) : data(new Part[count]) {}

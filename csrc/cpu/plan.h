@@ -1,5 +1,5 @@
-// What a call's work looks like before any arithmetic: how it is divided among threads and in which
-// order rows run. Compiled once, for any machine (see instantiate.h).
+// What a call's work looks like before any arithmetic: how it is divided among threads, in which order
+// rows run, and how time is cut into chunks. Compiled once, for any machine (see instantiate.h).
 #pragma once
 
 #include <cstddef>
@@ -11,14 +11,18 @@
 
 namespace fused_rnn::cpu {
 
+// Fewer weights than this are packed before another thread has woken.
+constexpr int64_t packing_worth_a_thread = 1 << 16;
+
 // How the work of one call is divided.
 struct Division {
   int64_t blocks = 1;     // row blocks per lane
-  int64_t members = 1;    // threads per team
+  int64_t members = 1;    // threads per block
   bool parallel = false;  // whether more than one thread is worth waking
 
-  // `panels` is how many panels of units there are to share out, `weight_bytes` their size per lane.
-  Division(const Shape& shape, int gates, int64_t panels, size_t weight_bytes, int threads);
+  // `per_row` are the multiply-adds of a row's timestep, as many as a lane has weights; `panels` is how
+  // many panels of units there are to share out.
+  Division(const Shape& shape, int64_t per_row, int64_t panels, size_t weight_bytes, int threads);
 };
 
 // Rows of each block, by falling length.
@@ -32,11 +36,48 @@ class RowOrder {
   int64_t row(int64_t i) const { return rows_[i]; }
 
   // The end of the rows of `block` that take part in timestep t.
-  int64_t active_end(int64_t block, int64_t t) const;
+  int64_t active_end(int64_t block, int64_t t) const {
+    return lengths_ ? begin(block) + before(block, t + 1) - before(block, t) : end(block);
+  }
+  // How many rows of `block` take part in the timesteps before t, all told.
+  int64_t before(int64_t block, int64_t t) const {
+    return lengths_ ? before_[block * (T_ + 1) + t] : (end(block) - begin(block)) * t;
+  }
 
  private:
   const int64_t* lengths_;
-  std::vector<int64_t> rows_, begin_;
+  const int64_t T_;
+  std::vector<int64_t> rows_, begin_, before_;
+};
+
+// Time in chunks: chunk c is the timesteps that the c-th `steps` steps of a lane process. The rows that
+// take part in a chunk are numbered by time, and by order within a timestep.
+class Chunks {
+ public:
+  int64_t steps;     // of a chunk; the last may have fewer
+  int64_t count;     // of chunks
+  int64_t capacity;  // rows of a block in a chunk, at most
+
+  // About `rows` rows of a block in a chunk.
+  Chunks(const Shape& shape, const RowOrder& order, int64_t rows);
+
+  struct Times {
+    int64_t begin, end;
+  };
+  Times times(bool reverse, int64_t chunk) const {
+    const int64_t first = chunk * steps, last = first + steps < T_ ? first + steps : T_;
+    return reverse ? Times{T_ - last, T_ - first} : Times{first, last};
+  }
+  int64_t rows(int64_t block, Times times) const {
+    return order_.before(block, times.end) - order_.before(block, times.begin);
+  }
+  int64_t row(int64_t block, Times times, int64_t t, int64_t i) const {
+    return order_.before(block, t) - order_.before(block, times.begin) + i - order_.begin(block);
+  }
+
+ private:
+  const RowOrder& order_;
+  const int64_t T_;
 };
 
 // The parts of all teams (team.h).

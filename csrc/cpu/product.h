@@ -1,12 +1,105 @@
-// The recurrent product: a few rows of a state times a packed panel of weights.
+// The product of the engine: a few rows of values times a packed panel of columns.
 //
-// A panel holds W vectors of output columns for every k: panel[k][w][lane]. One call computes
+// A panel holds W vectors of columns for every k: panel[k][w][lane]. One call computes
 //
 //   tile[r][w] = bias[w] + sum_k a[r][k] * panel[k][w]        r < R, w < W
 //
 // with all R*W accumulators in registers; per k that is W loads, R broadcasts and R*W multiply-adds.
 // The sum runs over k in order whatever R is, so a result does not depend on how rows were tiled.
 // Included inside the instruction set's namespace, after simd.h.
+
+// ---- operands
+//
+// What is multiplied comes in words, one of them broadcast at a time: single values of the compute
+// type, or, where the machine multiplies bfloat16, pairs of those, two successive k in one word. A
+// vector of words is kept in a vector of the compute type whatever its bits mean.
+
+template <class T>
+struct Plain {
+  using V = Vector<T>;
+  using Value = T;
+  using Word = T;
+  static constexpr int depth = 1;  // values of k in a word
+  static constexpr Word one = 1;
+
+  static HOST_DEVICE V broadcast(Word x) { return V(x); }
+  static HOST_DEVICE V multiply_add(V a, V b, V sum) { return sum + a * b; }
+  // A vector of words from values that follow one another.
+  template <class S>
+  static HOST_DEVICE V words(const S* from, int64_t count) {
+    return Memory<V>::load(from, count);
+  }
+  // A word from each of `count` columns, whose values of k lie in `rows`; a null row is of zeros.
+  template <class S>
+  static HOST_DEVICE V across(const S* const (&rows)[1], int64_t count) {
+    return rows[0] ? Memory<V>::load(rows[0], count) : V(0);
+  }
+};
+
+#ifdef FUSED_RNN_BFLOAT16
+// Sums are float; to the instruction, subnormal numbers are zeros.
+struct Pairs {
+  using V = Vector<float>;
+  using Value = BFloat16;
+  using Word = uint32_t;
+  static constexpr int depth = 2;
+  static constexpr Word one = 0x3f803f80u;
+
+  static HOST_DEVICE V broadcast(Word x) {
+    return V(static_cast<V::Native>(_mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(x)))));
+  }
+  static HOST_DEVICE V multiply_add(V a, V b, V sum) {
+    return V(static_cast<V::Native>(_mm512_dpbf16_ps(sum.v, (__m512bh)(a.v), (__m512bh)(b.v))));
+  }
+  static HOST_DEVICE V words(const BFloat16* from, int64_t count) {
+    V result(0);
+    memcpy(&result.v, from, (count < 2 * V::size ? count : 2 * V::size) * sizeof(BFloat16));
+    return result;
+  }
+  static HOST_DEVICE V across(const BFloat16* const (&rows)[2], int64_t count) {
+    using Word = typename Bits<V::size>::Word;
+    const Word words = half(rows[0], count) | half(rows[1], count) << 16;
+    V result;
+    memcpy(&result.v, &words, sizeof(words));
+    return result;
+  }
+
+ private:
+  static HOST_DEVICE Bits<V::size>::Word half(const BFloat16* row, int64_t count) {
+    Bits<V::size>::Short bits{};
+    if (row) memcpy(&bits, row, (count < V::size ? count : V::size) * sizeof(BFloat16));
+    return __builtin_convertvector(bits, Bits<V::size>::Word);
+  }
+};
+#endif
+
+template <class S>
+struct OperandOf {
+  using type = Plain<Compute<S>>;
+};
+#ifdef FUSED_RNN_BFLOAT16
+template <>
+struct OperandOf<BFloat16> {
+  using type = Pairs;
+};
+#endif
+template <class S>
+using Operand = typename OperandOf<S>::type;
+
+// Values that a row of n takes up in memory: whole vectors of words.
+template <class E>
+constexpr int64_t row_width(int64_t n) {
+  constexpr int64_t each = E::V::size * E::depth;
+  return (n + each - 1) / each * each;
+}
+
+// Words that hold k values.
+template <class E>
+constexpr int64_t word_count(int64_t k) {
+  return (k + E::depth - 1) / E::depth;
+}
+
+// ---- the micro-kernel ----------------------------------------------------------------------------
 
 constexpr int vector_registers = FUSED_RNN_VECTOR_BYTES == 64 ? 32 : 16;
 
@@ -15,24 +108,33 @@ constexpr int max_rows(int W) {
   return rows > 12 ? 12 : rows;
 }
 
-template <class T, int W, int R>
-void product(const T* a, int64_t a_stride, int64_t k, const T* panel, const T* bias, T* tile) {
-  using V = Vector<T>;
+// How the words of `a` lie: those of one row together, rows any distance apart; or, as in a panel, a
+// vector of rows together for every k.
+enum class Layout { rows, columns };
+
+template <class E, int W, int R, Layout layout>
+void product(const typename E::Word* a, int64_t row_stride, int64_t words,
+             const typename E::Value* panel, const typename E::V::Scalar* bias,
+             typename E::V::Scalar* tile) {
+  using V = typename E::V;
+  constexpr int vector_values = V::size * E::depth;
+  const int64_t r_step = layout == Layout::rows ? row_stride : 1;
+  const int64_t k_step = layout == Layout::rows ? 1 : V::size;
   V sum[R][W];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
     for (int w = 0; w < W; ++w) sum[r][w] = bias ? V::load(bias + w * V::size) : V(0);
-  for (int64_t i = 0; i < k; ++i) {
-    V weights[W];
+  for (int64_t i = 0; i < words; ++i) {
+    V columns[W];
 #pragma GCC unroll 16
-    for (int w = 0; w < W; ++w) weights[w] = V::load(panel + w * V::size);
-    panel += W * V::size;
+    for (int w = 0; w < W; ++w) memcpy(&columns[w].v, panel + w * vector_values, sizeof(V));
+    panel += W * vector_values;
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      const V x(a[r * a_stride + i]);
+      const V x = E::broadcast(a[r * r_step + i * k_step]);
 #pragma GCC unroll 16
-      for (int w = 0; w < W; ++w) sum[r][w] = sum[r][w] + weights[w] * x;
+      for (int w = 0; w < W; ++w) sum[r][w] = E::multiply_add(columns[w], x, sum[r][w]);
     }
   }
 #pragma GCC unroll 16
@@ -41,96 +143,191 @@ void product(const T* a, int64_t a_stride, int64_t k, const T* panel, const T* b
     for (int w = 0; w < W; ++w) sum[r][w].store(tile + (r * W + w) * V::size);
 }
 
-template <class T>
-using ProductFn = void (*)(const T*, int64_t, int64_t, const T*, const T*, T*);
+template <class E>
+using ProductFn = void (*)(const typename E::Word*, int64_t, int64_t, const typename E::Value*,
+                           const typename E::V::Scalar*, typename E::V::Scalar*);
 
-template <class T, int W, int... R>
-ProductFn<T> select_product(int rows, std::integer_sequence<int, R...>) {
-  static constexpr ProductFn<T> table[] = {product<T, W, R + 1>...};
+template <class E, int W, int... R>
+ProductFn<E> select_product(int rows, std::integer_sequence<int, R...>) {
+  static constexpr ProductFn<E> table[] = {product<E, W, R + 1, Layout::rows>...};
   return table[rows - 1];
 }
 
-// Calls each(first_row, rows, tile) for every tile of up to max_rows(W) rows, near-equal in height.
-template <class T, int W, class Each>
-HOST_DEVICE void for_each_tile(const T* a, int64_t a_stride, int64_t rows, int64_t k,
-                               const T* panel, const T* bias, const Each& each) {
+// Calls each(first_row, height, tile) for every tile of up to max_rows(W) rows, near-equal in height.
+// A row's words begin `row_stride` words after those of the row before. Tiles follow one another in
+// `out`, or, without that, pass away.
+template <class E, int W, class Each>
+HOST_DEVICE void for_each_tile(const typename E::Value* a, int64_t row_stride, int64_t rows,
+                               int64_t k, const typename E::Value* panel,
+                               const typename E::V::Scalar* bias, typename E::V::Scalar* out,
+                               const Each& each) {
+  using Word = typename E::Word;
+  using C = typename E::V::Scalar;
   constexpr int R = max_rows(W);
-  alignas(64) T tile[R * W * Vector<T>::size];
+  constexpr int row_size = W * E::V::size;
+  alignas(64) C buffer[R * row_size];
+  const auto* words = reinterpret_cast<const Word*>(a);
   const int64_t tiles = (rows + R - 1) / R;
   for (int64_t i = 0; i < tiles; ++i) {
     const int64_t first = rows * i / tiles;
     const int height = static_cast<int>(rows * (i + 1) / tiles - first);
-    select_product<T, W>(height, std::make_integer_sequence<int, R>())(
-        a + first * a_stride, a_stride, k, panel, bias, tile);
+    C* tile = out ? out + first * row_size : buffer;
+    select_product<E, W>(height, std::make_integer_sequence<int, R>())(
+        words + first * row_stride, row_stride, word_count<E>(k), panel, bias, tile);
     each(first, height, tile);
   }
 }
 
-// Weights as they lie in memory, per lane: element (gate, unit, k) at gate*gate_stride +
-// unit*unit_stride + k*k_stride. Without weights there are no panels.
-template <class S>
+// ---- packing -------------------------------------------------------------------------------------
+
+// One vector of columns for all k, from rows that hold the columns of one k each: row(k) points at the
+// first of `count` columns there are. Vectors of successive words are `stride` values apart.
+template <class E, class Row>
+HOST_DEVICE void pack_rows(int64_t k, int64_t count, typename E::Value* to, int64_t stride,
+                           const Row& row) {
+  using S = std::remove_cv_t<std::remove_pointer_t<decltype(row(k))>>;
+  for (int64_t i = 0; i < k; i += E::depth, to += stride) {
+    const S* rows[E::depth];
+    for (int d = 0; d < E::depth; ++d) rows[d] = i + d < k ? row(i + d) : nullptr;
+    const auto words = E::across(rows, count);
+    memcpy(to, &words.v, sizeof(words));
+  }
+}
+
+// The same from columns that hold their values of k together, column_stride apart: blocks of as many
+// columns as words are turned round in registers.
+template <class E, class S>
+void pack_columns(const S* from, int64_t column_stride, int64_t k, int64_t count,
+                  typename E::Value* to, int64_t stride) {
+  using V = typename E::V;
+  constexpr int N = V::size;
+  const int64_t words = word_count<E>(k);
+  for (int64_t i = 0; i < words; i += N) {
+    V block[N];
+#pragma GCC unroll 16
+    for (int c = 0; c < N; ++c)
+      block[c] =
+          c < count ? E::words(from + c * column_stride + i * E::depth, k - i * E::depth) : V(0);
+    transpose(block);
+    const int here = words - i < N ? static_cast<int>(words - i) : N;
+#pragma GCC unroll 16
+    for (int w = 0; w < N; ++w)
+      if (w < here) memcpy(to + (i + w) * stride, &block[w].v, sizeof(V));
+  }
+}
+
+// How weights lie in memory: element (gate, unit, k) at gate*gate_stride + unit*unit_stride +
+// k*k_stride, where one of the latter two strides is 1.
 struct PanelSource {
-  const S* weights;
-  const S* bias;  // (lanes, gates, units), or null
   int64_t units, k;
   int64_t gate_stride, unit_stride, k_stride;
 };
 
-// The weights of all lanes, packed into panels of Gates * PerGate vectors and widened to T.
-template <class T, class S, int Gates, int PerGate>
+// Weights of all lanes, packed into panels of Gates * PerGate vectors.
+template <class E, int Gates, int PerGate>
 class Panels {
+  using V = typename E::V;
+  using C = typename V::Scalar;
+  using Value = typename E::Value;
+  static constexpr int vector_values = V::size * E::depth;
+
  public:
   static constexpr int W = Gates * PerGate;
-  static constexpr int units_each = PerGate * Vector<T>::size;
+  static constexpr int units_each = PerGate * V::size;
   const int64_t count, k;
 
-  explicit Panels(const PanelSource<S>& source)
-      : count(source.weights ? (source.units + units_each - 1) / units_each : 0),
+  // Those that are not `wanted` have no panels.
+  Panels(const PanelSource& source, bool wanted = true)
+      : count(wanted ? (source.units + units_each - 1) / units_each : 0),
         k(source.k),
-        source(source) {}
+        source(source),
+        panel_size(word_count<E>(k) * W * vector_values) {}
 
   template <class Arena>
-  void take_memory(Arena& arena, int64_t lanes) {
-    const int64_t columns = lanes * count * W * Vector<T>::size;
-    weights = arena.template take<T>(columns * k);
-    bias = source.bias ? arena.template take<T>(columns) : nullptr;
+  void take_memory(Arena& arena, int64_t lanes, bool with_bias = false) {
+    weights = arena.template take<Value>(lanes * count * panel_size);
+    bias = with_bias ? arena.template take<C>(lanes * count * W * V::size) : nullptr;
   }
 
-  T* panel(int64_t lane, int64_t i) const {
-    return weights + (lane * count + i) * k * W * Vector<T>::size;
-  }
-  T* panel_bias(int64_t lane, int64_t i) const {
-    return bias ? bias + (lane * count + i) * W * Vector<T>::size : nullptr;
-  }
-
-  void pack(int64_t lane, int64_t i) const {
-    const int64_t first = i * units_each;
-    const int64_t here = source.units - first < units_each ? source.units - first : units_each;
-    const S* from = source.weights + lane * Gates * source.units * k + first * source.unit_stride;
-    // In blocks of k, so that a cache line of either side is used up while it is at hand.
-    constexpr int64_t block = 64 / sizeof(T);
-    for (int64_t begin = 0; begin < k; begin += block) {
-      const int64_t end = begin + block < k ? begin + block : k;
-      T* to = panel(lane, i);
-      for (int g = 0; g < Gates; ++g, to += units_each)
-        for (int64_t u = 0; u < units_each; ++u) {
-          const S* row = from + g * source.gate_stride + u * source.unit_stride;
-          for (int64_t j = begin; j < end; ++j)
-            to[j * W * Vector<T>::size + u] =
-                u < here ? static_cast<T>(widen(row[j * source.k_stride])) : T(0);
-        }
+  template <class S>
+  void pack(int64_t lane, int64_t i, const S* from, const S* bias_from = nullptr) const {
+    for (int w = 0; w < W; ++w) {
+      const int64_t gate = w / PerGate, first = i * units_each + w % PerGate * V::size;
+      const int64_t here = source.units > first ? source.units - first : 0;
+      const S* start = from + gate * source.gate_stride + first * source.unit_stride;
+      Value* to = panel(lane, i) + w * vector_values;
+      if (source.unit_stride == 1)
+        pack_rows<E>(k, here, to, W * vector_values,
+                     [&](int64_t j) { return here > 0 ? start + j * source.k_stride : nullptr; });
+      else
+        pack_columns<E>(start, source.unit_stride, k, here, to, W * vector_values);
+      if (bias)
+        (here > 0 ? Memory<V>::load(bias_from + gate * source.units + first, here) : V(0))
+            .store(panel_bias(lane, i) + w * V::size);
     }
-    if (!bias) return;
-    for (int g = 0; g < Gates; ++g)
-      for (int64_t u = 0; u < units_each; ++u)
-        panel_bias(lane, i)[g * units_each + u] =
-            u < here
-                ? static_cast<T>(widen(source.bias[(lane * Gates + g) * source.units + first + u]))
-                : T(0);
+  }
+
+  // One row of the product with panel i from weights as they lie in memory, k_stride 1: for so few rows
+  // that packing costs more than it saves.
+  template <class S>
+  void multiply_unpacked(int64_t i, const S* from, const S* bias_from, const Value* a,
+                         C* tile) const {
+    for (int w = 0; w < W; ++w) {
+      const int64_t gate = w / PerGate, first = i * units_each + w % PerGate * V::size;
+      const int64_t here = source.units - first;
+      if (here <= 0) break;
+      const S* start = from + gate * source.gate_stride + first * source.unit_stride;
+      V sums[V::size];
+#pragma GCC unroll 16
+      for (auto& sum : sums) sum = V(0);
+      for (int64_t j = 0; j < k; j += V::size * E::depth) {
+        V x;
+        memcpy(&x.v, a + j, sizeof(x));
+#pragma GCC unroll 16
+        for (int u = 0; u < V::size; ++u)
+          sums[u] = E::multiply_add(
+              E::words(start + (u < here ? u : 0) * source.unit_stride + j, k - j), x, sums[u]);
+      }
+      transpose(sums);
+      V total = bias_from ? Memory<V>::load(bias_from + gate * source.units + first, here) : V(0);
+#pragma GCC unroll 16
+      for (const auto& sum : sums) total = total + sum;
+      total.store(tile + w * V::size);
+    }
+  }
+
+  // The product of `rows` rows of `a`, row_stride words apart, and panel i; each and out as above.
+  template <class Each>
+  HOST_DEVICE void multiply(int64_t lane, int64_t i, const Value* a, int64_t row_stride,
+                            int64_t rows, C* out, const Each& each) const {
+    for_each_tile<E, W>(a, row_stride, rows, k, panel(lane, i),
+                        bias ? panel_bias(lane, i) : nullptr, out, each);
+  }
+
+  // The same over the first `of_k` values, where each(row, unit, units there are, result) takes the
+  // vectors of a single gate.
+  template <class Each>
+  HOST_DEVICE void multiply_units(int64_t lane, int64_t i, const Value* a, int64_t row_stride,
+                                  int64_t rows, int64_t of_k, const Each& each) const {
+    static_assert(Gates == 1, "vectors of several gates belong together");
+    for_each_tile<E, W>(a, row_stride, rows, of_k, panel(lane, i), nullptr, nullptr,
+                        [&](int64_t first, int height, const C* tile) {
+                          for (int r = 0; r < height; ++r, tile += W * V::size)
+                            for (int v = 0; v < W; ++v) {
+                              const int64_t unit = i * units_each + v * V::size;
+                              if (unit >= source.units) break;
+                              each(first + r, unit, source.units - unit,
+                                   V::load(tile + v * V::size));
+                            }
+                        });
   }
 
  private:
-  const PanelSource<S> source;
-  T* weights = nullptr;  // [lane][panel][k][gate][unit of panel]
-  T* bias = nullptr;     // [lane][panel][gate][unit of panel]
+  Value* panel(int64_t lane, int64_t i) const { return weights + (lane * count + i) * panel_size; }
+  C* panel_bias(int64_t lane, int64_t i) const { return bias + (lane * count + i) * W * V::size; }
+
+  const PanelSource source;
+  const int64_t panel_size;
+  Value* weights = nullptr;  // [lane][panel][word of k][gate][unit of panel]
+  C* bias = nullptr;         // [lane][panel][gate][unit of panel]
 };

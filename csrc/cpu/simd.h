@@ -59,13 +59,41 @@ struct Vec {
   HOST_DEVICE void store(T* to) const { memcpy(to, &v, sizeof(Native)); }
 };
 
-// ---- exp and tanh --------------------------------------------------------------------------------
+// ---- transposition
 //
-// exp(x) = 2^k (1 + expm1(r)) with k = round(x / ln 2), r = x - k ln 2 in two pieces, and a Taylor
-// polynomial for expm1 that is carried past the last bit for |r| <= ln(2)/2.
+// Of N vectors of N lanes, in log2(N) stages: stage s exchanges the lanes and the vectors whose numbers
+// differ in bit s.
+
+template <class T, int N, int S, int... I>
+HOST_DEVICE void exchange(Vec<T, N>& low, Vec<T, N>& high, std::integer_sequence<int, I...>) {
+  const auto a = low.v, b = high.v;
+#if defined(__clang__)
+  low.v = __builtin_shufflevector(a, b, (I & S ? N + I - S : I)...);
+  high.v = __builtin_shufflevector(a, b, (I & S ? N + I : I + S)...);
+#else
+  using Mask = typename Vec<T, N>::Mask;
+  low.v = __builtin_shuffle(a, b, Mask{(I & S ? N + I - S : I)...});
+  high.v = __builtin_shuffle(a, b, Mask{(I & S ? N + I : I + S)...});
+#endif
+}
+
+template <class T, int N, int S = N / 2>
+HOST_DEVICE void transpose(Vec<T, N> (&rows)[N]) {
+  if constexpr (S > 0) {
+#pragma GCC unroll 16
+    for (int i = 0; i < N; ++i)
+      if (!(i & S)) exchange<T, N, S>(rows[i], rows[i + S], std::make_integer_sequence<int, N>());
+    transpose<T, N, S / 2>(rows);
+  }
+}
+
+// ---- exp, sigmoid and tanh -----------------------------------------------------------------------
 //
-// tanh(x) = x + x z P(z), z = x^2, for |x| < 5/8, P a Chebyshev fit of (tanh(x)/x - 1)/z that is also
-// past the last bit; and 1 - 2E/(1+E), E = exp(-2|x|), with the sign of x, beyond. Neither cancels.
+// All of them from e^x = 2^k (1 + expm1(r)) with k = round(x / ln 2), r = x - k ln 2 in two pieces, and
+// a Taylor polynomial for expm1 that is carried past the last bit for |r| <= ln(2)/2.
+//
+//   sigmoid(x) = 1 / (1 + e^-x)
+//   tanh(x)    = m / (m + 2), m = e^2x - 1 = 2^k expm1(r) + (2^k - 1), which does not cancel
 
 template <class T>
 struct Constants;
@@ -76,8 +104,8 @@ struct Constants<float> {
   static constexpr float round = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   static constexpr float lowest = -103.0f, highest = 88.8f;
   static constexpr float expm1[] = {1 / 5040.0f, 1 / 720.0f, 1 / 120.0f, 1 / 24.0f, 1 / 6.0f, 0.5f};
-  static constexpr float tanh[] = {-0.006096714166f, 0.020997179f, -0.05385090958f, 0.1333276974f,
-                                   -0.3333332894f};
+  static constexpr float one_over_e = 87.3f;  // e^-x is normal up to here; 2^128 is infinity
+  static constexpr float tanh_is_one = 9.1f;
   static constexpr int mantissa_bits = 23, bias = 127;
 };
 
@@ -100,11 +128,8 @@ struct Constants<double> {
                                      1 / 24.0,
                                      1 / 6.0,
                                      0.5};
-  static constexpr double tanh[] = {
-      6.48516348277792228e-6,  -3.12011014257632254e-5, 9.25711612955342503e-5,
-      -2.37590649605537549e-4, 5.89660657775697804e-4,  -1.45577541204780402e-3,
-      3.59212175115496205e-3,  -8.8632351032408779e-3,  2.18694885190083058e-2,
-      -5.39682539678969917e-2, 1.33333333333330416e-1,  -3.33333333333333329e-1};
+  static constexpr double one_over_e = 708.3;
+  static constexpr double tanh_is_one = 19.1;
   static constexpr int mantissa_bits = 52, bias = 1023;
 };
 
@@ -127,33 +152,57 @@ HOST_DEVICE Vec<T, N> power_of_two(typename Vec<T, N>::Mask k) {
   return result;
 }
 
+// e^x in its pieces.
+template <class T, int N>
+struct Exponential {
+  using V = Vec<T, N>;
+  typename V::Mask k;
+  V expm1;  // of what 2^k leaves
+
+  // x within the range of normal powers.
+  HOST_DEVICE explicit Exponential(V x) {
+    using K = Constants<T>;
+    const V whole = (x * V(T(1.4426950408889634074)) + V(K::round)) - V(K::round);
+    const V r = (x - whole * V(K::ln2_high)) - whole * V(K::ln2_low);
+    k = __builtin_convertvector(whole.v, typename V::Mask);
+    expm1 = polynomial(K::expm1, r) * (r * r) + r;
+  }
+};
+
+// x, but no less than `low` and no more than `high`; NaN compares false and passes through.
+template <class T, int N>
+HOST_DEVICE Vec<T, N> clamp(Vec<T, N> x, T low, T high) {
+  using V = Vec<T, N>;
+  x = where(x <= V(low), V(low), x);
+  return where(V(high) <= x, V(high), x);
+}
+
 template <class T, int N>
 HOST_DEVICE Vec<T, N> exp(Vec<T, N> x) {
-  using K = Constants<T>;
   using V = Vec<T, N>;
-  using Mask = typename V::Mask;
-  // Clamp so that k stays in range; NaN compares false and passes through.
-  x = where(x <= V(K::lowest), V(K::lowest), x);
-  x = where(V(K::highest) <= x, V(K::highest), x);
-  const V whole = (x * V(T(1.4426950408889634074)) + V(K::round)) - V(K::round);
-  const Mask k = __builtin_convertvector(whole.v, Mask);
-  const V r = (x - whole * V(K::ln2_high)) - whole * V(K::ln2_low);
-  const V expm1 = polynomial(K::expm1, r) * (r * r) + r;
+  const Exponential<T, N> e(clamp(x, Constants<T>::lowest, Constants<T>::highest));
   // In two factors, because 2^k alone may be subnormal or infinite where the product is not.
-  const Mask half = k >> typename V::Integer(1);
-  return (V(1) + expm1) * power_of_two<T, N>(half) * power_of_two<T, N>(k - half);
+  const typename V::Mask half = e.k >> typename V::Integer(1);
+  return (V(1) + e.expm1) * power_of_two<T, N>(half) * power_of_two<T, N>(e.k - half);
+}
+
+template <class T, int N>
+HOST_DEVICE Vec<T, N> sigmoid(Vec<T, N> x) {
+  using V = Vec<T, N>;
+  const Exponential<T, N> e(clamp(-x, -Constants<T>::one_over_e, Constants<T>::highest));
+  const V power = power_of_two<T, N>(e.k);
+  return V(1) / (V(1) + power * (V(1) + e.expm1));
 }
 
 template <class T, int N>
 HOST_DEVICE Vec<T, N> tanh(Vec<T, N> x) {
   using V = Vec<T, N>;
-  const typename V::Mask negative = x < V(0);
-  const V magnitude = where(negative, -x, x);
-  const V z = x * x;
-  const V near = x + x * z * polynomial(Constants<T>::tanh, z);
-  const V e = exp(V(-2) * magnitude);
-  const V far = V(1) - (e + e) / (V(1) + e);
-  return where(magnitude < V(T(0.625)), near, where(negative, -far, far));
+  constexpr T limit = Constants<T>::tanh_is_one;
+  const V within = clamp(x, -limit, limit);
+  const Exponential<T, N> e(within + within);
+  const V power = power_of_two<T, N>(e.k);
+  const V m = power * e.expm1 + (power - V(1));
+  return m / (m + V(2));
 }
 
 // ---- conversions between storage and compute types -------------------------------------------------

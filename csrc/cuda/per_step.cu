@@ -49,7 +49,7 @@ HOST_DEVICE T* at(T* state, int64_t B, int64_t n, int64_t lane, int64_t b) {
 }
 
 template <class Cell, class S>
-KERNEL void load_initial_kernel(ForwardParams p, ForwardState<S> state) {
+KERNEL void load_initial_kernel(RecurrenceForwardParams p, ForwardState<S> state) {
   using V = Compute<S>;
   const int64_t unit = unit_index(), lane = lane_index();
   for (int64_t b = row_index(); b < p.B; b += row_stride()) {
@@ -64,7 +64,7 @@ KERNEL void load_initial_kernel(ForwardParams p, ForwardState<S> state) {
 }
 
 template <class Cell, class S>
-KERNEL void forward_kernel(ForwardParams p, ForwardState<S> state, int64_t step) {
+KERNEL void forward_kernel(RecurrenceForwardParams p, ForwardState<S> state, int64_t step) {
   using V = Compute<S>;
   const int64_t unit = unit_index(), lane = lane_index();
   const int64_t t = time_of_step(p, lane, step);
@@ -73,22 +73,24 @@ KERNEL void forward_kernel(ForwardParams p, ForwardState<S> state, int64_t step)
   for (int64_t b = row_index(); b < p.B; b += row_stride()) {
     if (t >= row_length(p, b)) continue;
     const RowStep row = row_step(p, lane, b, t);
-    V hidden_gates[Cell::gates];
+    V input_gates[Cell::gates], hidden_gates[Cell::gates];
+    const S* inputs = p.input_gates.at<S>(t, b, lane) + unit;
     const S* product = at(state.hidden_gates, p.B, Cell::gates * p.H, lane, b) + unit;
     for (int g = 0; g < Cell::gates; ++g) {
+      input_gates[g] = Memory<V>::load(inputs + g * p.H, 1);
       hidden_gates[g] = Memory<V>::load(product + g * p.H, 1);
       if (bias)
         hidden_gates[g] =
             hidden_gates[g] + Memory<V>::load(bias + (lane * Cell::gates + g) * p.H + unit, 1);
     }
     S* h = p.projected ? at(state.unprojected, p.B, p.H, lane, b) : at(state.h, p.B, p.P, lane, b);
-    forward_units<Cell, S>(p, row, unit, 1, hidden_gates, h + unit,
+    forward_units<Cell, S>(p, row, unit, 1, input_gates, hidden_gates, h + unit,
                            Cell::has_c ? at(state.c, p.B, p.H, lane, b) + unit : nullptr, h + unit);
   }
 }
 
 template <class S>
-KERNEL void project_kernel(ForwardParams p, ForwardState<S> state, int64_t step) {
+KERNEL void project_kernel(RecurrenceForwardParams p, ForwardState<S> state, int64_t step) {
   using V = Compute<S>;
   const int64_t unit = unit_index(), lane = lane_index();
   const int64_t t = time_of_step(p, lane, step);
@@ -101,7 +103,7 @@ KERNEL void project_kernel(ForwardParams p, ForwardState<S> state, int64_t step)
 }
 
 template <class Cell, class S>
-KERNEL void load_final_kernel(BackwardParams p, BackwardState<S> state) {
+KERNEL void load_final_kernel(RecurrenceBackwardParams p, BackwardState<S> state) {
   using V = Compute<S>;
   const int64_t unit = unit_index(), lane = lane_index();
   for (int64_t b = row_index(); b < p.B; b += row_stride()) {
@@ -116,16 +118,27 @@ KERNEL void load_final_kernel(BackwardParams p, BackwardState<S> state) {
 }
 
 template <class Cell, class S>
-HOST_DEVICE void backward_unit(const BackwardParams& p, const BackwardState<S>& state,
+HOST_DEVICE void backward_unit(const RecurrenceBackwardParams& p, const BackwardState<S>& state,
                                const RowStep& row, int64_t unit, Compute<S> d_h) {
+  using V = Compute<S>;
+  V d_input_gates[Cell::gates], d_hidden_gates[Cell::gates];
   backward_units<Cell, S>(p, row, unit, 1, d_h, at(state.d_h, p.B, p.P, row.lane, row.b) + unit,
                           Cell::has_c ? at(state.d_c, p.B, p.H, row.lane, row.b) + unit : nullptr,
-                          at(state.d_gates, p.B, Cell::gates * p.H, row.lane, row.b) + unit);
+                          d_input_gates, d_hidden_gates);
+  S* d_inputs = p.d_input_gates.at<S>(row.t, row.b, row.lane) + unit;
+  S* d_gates = at(state.d_gates, p.B, Cell::gates * p.H, row.lane, row.b) + unit;
+  for (int g = 0; g < Cell::gates; ++g) {
+    Memory<V>::store(d_input_gates[g], d_inputs + g * p.H, 1);
+    if constexpr (Cell::split_gates)
+      Memory<V>::store(d_hidden_gates[g],
+                       p.d_hidden_gates.at<S>(row.t, row.b, row.lane) + g * p.H + unit, 1);
+    Memory<V>::store(row.reset ? V(0) : d_hidden_gates[g], d_gates + g * p.H, 1);
+  }
 }
 
 // The whole gradient of h_t and, without a projection, the cell's backward.
 template <class Cell, class S>
-KERNEL void backward_kernel(BackwardParams p, BackwardState<S> state, int64_t step) {
+KERNEL void backward_kernel(RecurrenceBackwardParams p, BackwardState<S> state, int64_t step) {
   using V = Compute<S>;
   const int64_t unit = unit_index(), lane = lane_index();
   const int64_t t = time_of_step(p, lane, p.T - 1 - step);
@@ -136,15 +149,18 @@ KERNEL void backward_kernel(BackwardParams p, BackwardState<S> state, int64_t st
     const V d_h = collect_d_hidden<S>(
         p, row, unit, 1, Memory<V>::load(at(state.product, p.B, p.P, lane, b) + unit, 1),
         at(state.d_h, p.B, p.P, lane, b) + unit);
-    if (p.projected)
+    if (p.projected) {
       Memory<V>::store(d_h, at(state.d_output, p.B, p.P, lane, b) + unit, 1);
-    else
+      Memory<V>::store(d_h, p.d_output.at<S>(t, b, lane) + unit, 1);
+    } else {
       backward_unit<Cell>(p, state, row, unit, d_h);
+    }
   }
 }
 
 template <class Cell, class S>
-KERNEL void backward_projected_kernel(BackwardParams p, BackwardState<S> state, int64_t step) {
+KERNEL void backward_projected_kernel(RecurrenceBackwardParams p, BackwardState<S> state,
+                                      int64_t step) {
   using V = Compute<S>;
   const int64_t unit = unit_index(), lane = lane_index();
   const int64_t t = time_of_step(p, lane, p.T - 1 - step);
@@ -156,7 +172,7 @@ KERNEL void backward_projected_kernel(BackwardParams p, BackwardState<S> state, 
 }
 
 template <class Cell, class S>
-KERNEL void finish_kernel(BackwardParams p, BackwardState<S> state) {
+KERNEL void finish_kernel(RecurrenceBackwardParams p, BackwardState<S> state) {
   using V = Compute<S>;
   const int64_t unit = unit_index(), lane = lane_index();
   for (int64_t b = row_index(); b < p.B; b += row_stride()) {
@@ -186,7 +202,7 @@ T* take(const Host& host, int64_t count) {
 }
 
 template <class Cell, class S>
-void forward(const ForwardParams& p, const Host& host) {
+void forward(const RecurrenceForwardParams& p, const Host& host) {
   const auto stream = static_cast<Stream>(host.stream);
   const int64_t rows = p.L * p.B, gate_rows = Cell::gates * p.H;
   ForwardState<S> state{};
@@ -216,7 +232,7 @@ void forward(const ForwardParams& p, const Host& host) {
 }
 
 template <class Cell, class S>
-void backward(const BackwardParams& p, const Host& host) {
+void backward(const RecurrenceBackwardParams& p, const Host& host) {
   const auto stream = static_cast<Stream>(host.stream);
   const int64_t rows = p.L * p.B, gate_rows = Cell::gates * p.H;
   BackwardState<S> state{};
@@ -257,17 +273,18 @@ using Engine = void (*)(const Params&, const Host&);
 #define FUSED_RNN_FORWARD(name, cell) FUSED_RNN_ROW(forward, cell)
 #define FUSED_RNN_BACKWARD(name, cell) FUSED_RNN_ROW(backward, cell)
 
-constexpr Engine<ForwardParams> forward_table[][4] = {FUSED_RNN_FOR_EACH_CELL(FUSED_RNN_FORWARD)};
-constexpr Engine<BackwardParams> backward_table[][4] = {
+constexpr Engine<RecurrenceForwardParams> forward_table[][4] = {
+    FUSED_RNN_FOR_EACH_CELL(FUSED_RNN_FORWARD)};
+constexpr Engine<RecurrenceBackwardParams> backward_table[][4] = {
     FUSED_RNN_FOR_EACH_CELL(FUSED_RNN_BACKWARD)};
 
 }  // namespace
 
-void run_per_step(CellId cell, const ForwardParams& p, const Host& host) {
+void run_per_step(CellId cell, const RecurrenceForwardParams& p, const Host& host) {
   forward_table[static_cast<int>(cell)][static_cast<int>(p.dtype)](p, host);
 }
 
-void run_per_step(CellId cell, const BackwardParams& p, const Host& host) {
+void run_per_step(CellId cell, const RecurrenceBackwardParams& p, const Host& host) {
   backward_table[static_cast<int>(cell)][static_cast<int>(p.dtype)](p, host);
 }
 

@@ -27,7 +27,7 @@ struct Host {
 
 enum class CellId : int;
 
-void run_per_step(CellId cell, const ForwardParams& p, const Host& host);
-void run_per_step(CellId cell, const BackwardParams& p, const Host& host);
+void run_per_step(CellId cell, const RecurrenceForwardParams& p, const Host& host);
+void run_per_step(CellId cell, const RecurrenceBackwardParams& p, const Host& host);
 
 }  // namespace fused_rnn::cuda

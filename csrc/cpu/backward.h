@@ -1,0 +1,529 @@
+// Backward of a whole layer, for any cell and storage type.
+//
+//   work = lanes, each a team                      teams never wait for each other
+//   team = parts, each a row block or a share of unit panels
+//
+// Chunks of time (forward.h) in reverse. For each, first the recurrence runs back over its timesteps:
+// for every panel of units of h, the product of the next step's d_gates with weight_hh, then the step
+// around the cell. Parts that are row blocks do that by themselves; parts that share panels meet after
+// every step. The d_gates of all rows of the chunk are kept, and then multiplied, every part its share:
+//
+//   d_input     = d_gates weight_ih             rows of d_gates times packed weights
+//   d_weight_ih += d_gates^T input              strips times columns (below), over the chunk's rows
+//   d_weight_hh += d_hidden_gates^T h_before    likewise; d_weight_hr too, from d_h and o tanh(c)
+//
+// A strip is a vector of d_gates columns for all rows of the chunk, columns are two vectors of input
+// columns for all of them: both packed as panels are, k being the chunk's rows.
+//
+// Included inside the instruction set's namespace.
+
+template <class Cell, class S>
+class Backward {
+  using C = Compute<S>;
+  using V = Vector<C>;
+  using E = Operand<S>;
+  using Value = typename E::Value;
+  using PlainPanels = Panels<E, 1, 2>;
+  static constexpr int64_t chunk_rows = 512;
+  static constexpr int vector_values = V::size * E::depth;
+  static constexpr int column_vectors = 2;  // of the products of strips and columns
+  static constexpr int most_rows = vector_registers == 32 ? 8 : 4;
+  static constexpr int strip_rows = V::size < most_rows ? V::size : most_rows;  // of a tile
+  static_assert(V::size % strip_rows == 0, "tiles divide strips");
+
+  // One weight's gradient: what its strips and columns are made of.
+  struct Gradient {
+    int64_t rows, columns;    // of the weight
+    const Value* row_values;  // [lane][row of chunk][row_width(rows)]
+    Value* strips;            // [lane][strip][word][lane of vector]
+    Value* column_panels;     // [lane][panel][word][column]
+    C* sums;       // [lane][rows][columns], unless S is C and the result itself holds them
+    C* bias_sums;  // [lane][strip][lane of vector], or null
+
+    void take_memory(Arena& arena, int64_t lanes, int64_t words, bool with_sums, bool with_bias) {
+      strips = arena.take<Value>(lanes * strip_count() * words * vector_values);
+      column_panels =
+          arena.take<Value>(lanes * panel_count() * words * column_vectors * vector_values);
+      sums = with_sums ? arena.take<C>(lanes * rows * columns) : nullptr;
+      bias_sums = with_bias ? arena.take<C>(lanes * strip_count() * V::size) : nullptr;
+    }
+    int64_t strip_count() const { return (rows + V::size - 1) / V::size; }
+    int64_t panel_count() const {
+      return (columns + column_vectors * V::size - 1) / (column_vectors * V::size);
+    }
+  };
+
+ public:
+  Backward(const LayerBackwardParams& p, const Host& host)
+      : p(p),
+        host(host),
+        gate_rows(Cell::gates * p.H),
+        gates_width(row_width<E>(gate_rows)),
+        d_output_width(row_width<E>(p.P)),
+        h_width(round_up(p.P, V::size)),
+        c_width(round_up(p.H, V::size)),
+        hidden_panels({p.P, gate_rows, 0, 1, p.P}, p.T > 1 || p.d_hx),
+        input_panels({p.I, gate_rows, 0, 1, p.I}, p.d_input.data),
+        projection_panels({p.H, p.P, 0, 1, p.H}, p.projected),
+        division(p, gate_rows * (p.P + p.I),
+                 (p.P + PlainPanels::units_each - 1) / PlainPanels::units_each, sizeof(Value),
+                 host.threads),
+        parts(division.blocks * division.members),
+        order(p, division.blocks),
+        everything(p, 1),
+        chunks(p, everything, chunk_rows),
+        gradient_count(!p.d_weights  ? 0
+                       : p.projected ? 3
+                                     : 2) {
+    gradient[0].rows = gradient[1].rows = gate_rows;
+    gradient[0].columns = p.I;
+    gradient[1].columns = p.P;
+    gradient[2].rows = p.P;
+    gradient[2].columns = p.H;
+    take_all(host, *this);
+    gradient[0].row_values = d_input_rows;
+    gradient[1].row_values = d_hidden_rows;
+    gradient[2].row_values = d_output_rows;
+  }
+
+  void run() {
+    pack();
+    const int64_t phases = 2 + chunks.count * phases_per_chunk();
+    run_teams(host, p.L, parts, division.parallel, phases,
+              [&](int64_t lane, int64_t index, int64_t i) {
+                const Part part{lane, index / division.members, index % division.members, index};
+                if (i == 0) return begin(part);
+                if (i == phases - 1) return finish(part);
+                const int64_t chunk = (i - 1) / phases_per_chunk();
+                const int64_t phase = (i - 1) % phases_per_chunk();
+                if (phase == 0) gather_columns(part, chunk);
+                if (phase == recurrence_phases()) return multiply(part, chunk);
+                if (division.members > 1) return step_phase(part, chunk, phase);
+                for (int64_t k = 0; k < chunks.steps * phases_per_step(); ++k)
+                  step_phase(part, chunk, k);
+              });
+    if (p.d_input && p.L > 1) add_lanes();
+  }
+
+  void take_memory(Arena& arena) {
+    hidden_panels.take_memory(arena, p.L);
+    input_panels.take_memory(arena, p.L);
+    projection_panels.take_memory(arena, p.L);
+    for (auto& state : d_gates_state) state = arena.take<Value>(p.L * p.B * gates_width);
+    d_h_state = arena.take<C>(p.L * p.B * h_width);
+    if (Cell::has_c) d_c_state = arena.take<C>(p.L * p.B * c_width);
+    if (p.projected) d_output_state = arena.take<Value>(p.L * p.B * d_output_width);
+    places = arena.take<Place>(p.L * parts * chunks.capacity);
+    if (!multiplies()) return;
+    d_hidden_rows = d_input_rows = arena.take<Value>(p.L * chunks.capacity * gates_width);
+    if (Cell::split_gates) d_hidden_rows = arena.take<Value>(p.L * chunks.capacity * gates_width);
+    if (gradient_count == 3)
+      d_output_rows = arena.take<Value>(p.L * chunks.capacity * d_output_width);
+    const bool with_bias = p.weights[0].bias_ih;
+    for (int i = 0; i < gradient_count; ++i)
+      gradient[i].take_memory(arena, p.L, word_count<E>(chunks.capacity), !std::is_same_v<S, C>,
+                              with_bias && (i == 0 || (i == 1 && Cell::split_gates)));
+    if (!Cell::split_gates) gradient[1].strips = gradient[0].strips;
+    if (p.d_input) other_d_inputs = arena.take<C>((p.L - 1) * p.T * p.B * p.I);
+  }
+
+ private:
+  struct Part {
+    int64_t lane, block, member, index;
+  };
+  // Where a row of the chunk stands in time.
+  struct Place {
+    int64_t t, b;
+  };
+
+  bool multiplies() const { return p.d_input || gradient_count; }
+  int64_t phases_per_step() const { return p.projected ? 2 : 1; }
+  int64_t recurrence_phases() const {
+    return division.members > 1 ? chunks.steps * phases_per_step() : 1;
+  }
+  int64_t phases_per_chunk() const { return recurrence_phases() + (multiplies() ? 1 : 0); }
+
+  Value* gates_row(int64_t buffer, int64_t lane, int64_t i) const {
+    return d_gates_state[buffer & 1] + (lane * p.B + i) * gates_width;
+  }
+  C* h_row(int64_t lane, int64_t i) const { return d_h_state + (lane * p.B + i) * h_width; }
+  C* c_row(int64_t lane, int64_t i) const { return d_c_state + (lane * p.B + i) * c_width; }
+  Value* output_row(int64_t lane, int64_t i) const {
+    return d_output_state + (lane * p.B + i) * d_output_width;
+  }
+
+  // Chunks come in reverse, so chunk 0 holds the last steps.
+  Chunks::Times times_of(int64_t lane, int64_t chunk) const {
+    return chunks.times(!is_reverse(p, lane), chunk);
+  }
+  void pack() {
+    const int64_t hidden = hidden_panels.count, input = input_panels.count;
+    const int64_t per_lane = hidden + input + projection_panels.count;
+    const bool worthwhile = p.L * gate_rows * (p.P + p.I) >= packing_worth_a_thread;
+    parallel(host, p.L * per_lane, worthwhile, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t lane = task / per_lane, i = task % per_lane;
+        const auto& w = p.weights[lane];
+        if (i < hidden)
+          hidden_panels.pack(lane, i, static_cast<const S*>(w.weight_hh));
+        else if (i < hidden + input)
+          input_panels.pack(lane, i - hidden, static_cast<const S*>(w.weight_ih));
+        else
+          projection_panels.pack(lane, i - hidden - input, static_cast<const S*>(w.weight_hr));
+      }
+    });
+  }
+
+  void begin(const Part& part) {
+    const int64_t lane = part.lane, first = order.begin(part.block), last = order.end(part.block);
+    for (int64_t i = first + part.member; i < last; i += division.members) {
+      const int64_t b = order.row(i);
+      memset(gates_row(0, lane, i), 0, gates_width * sizeof(Value));
+      memset(gates_row(1, lane, i), 0, gates_width * sizeof(Value));
+      if (p.projected) memset(output_row(lane, i), 0, d_output_width * sizeof(Value));
+      load_gradient(p.grad_h_n, p.P, lane, b, h_row(lane, i));
+      if constexpr (Cell::has_c) load_gradient(p.grad_c_n, p.H, lane, b, c_row(lane, i));
+    }
+    if (!multiplies()) return;
+    // What pads the rows of a product must be zero.
+    const Share rows(chunks.capacity, part.index, parts);
+    for (int64_t row = lane * chunks.capacity + rows.begin; row < lane * chunks.capacity + rows.end;
+         ++row)
+      memset(d_input_rows + row * gates_width + gate_rows, 0,
+             (gates_width - gate_rows) * sizeof(Value));
+    for (int g = 0; g < gradient_count; ++g)
+      if (gradient[g].bias_sums) {
+        const Share strips(gradient[g].strip_count(), part.index, parts);
+        memset(gradient[g].bias_sums + (lane * gradient[g].strip_count() + strips.begin) * V::size,
+               0, (strips.end - strips.begin) * V::size * sizeof(C));
+      }
+  }
+
+  void load_gradient(const void* from, int64_t width, int64_t lane, int64_t b, C* to) {
+    for (int64_t unit = 0; unit < width; unit += V::size)
+      load_or_zero<V>(from ? state_at<S>(from, p.B, width, lane, b) + unit : nullptr, width - unit)
+          .store(to + unit);
+  }
+
+  // ---- the recurrence
+
+  // For `rows` rows from `first`, the gradient that the gates in `buffer` send to h, panel by panel:
+  // each(row in order, unit, units there are, product).
+  template <class Each>
+  HOST_DEVICE void hidden_product(const Part& part, int64_t buffer, int64_t first, int64_t rows,
+                                  const Each& each) {
+    const Share panels(hidden_panels.count, part.member, division.members);
+    for (int64_t k = panels.begin; k < panels.end; ++k) {
+      // There and back again, so that the panels used last are still in the cache.
+      const int64_t i = buffer & 1 ? panels.begin + panels.end - 1 - k : k;
+      hidden_panels.multiply_units(part.lane, i, gates_row(buffer, part.lane, first),
+                                   gates_width / E::depth, rows, gate_rows,
+                                   [&](int64_t r, int64_t unit, int64_t n, V product) {
+                                     each(first + r, unit, n, product);
+                                   });
+    }
+  }
+
+  void step_phase(const Part& part, int64_t chunk, int64_t phase) {
+    const int64_t step = chunk * chunks.steps + phase / phases_per_step();
+    if (step >= p.T) return;
+    if (phase % phases_per_step() == 0)
+      hidden_phase(part, chunk, step);
+    else
+      projection_phase(part, chunk, step);
+  }
+
+  void hidden_phase(const Part& part, int64_t chunk, int64_t step) {
+    const int64_t lane = part.lane, t = time_of_step(p, lane, p.T - 1 - step);
+    const int64_t begin = order.begin(part.block);
+    const int64_t rows = order.active_end(part.block, t) - begin;
+    const auto each = [&](int64_t i, int64_t unit, int64_t n, V product) {
+      const RowStep row = row_step(p, lane, order.row(i), t);
+      const V d_h = collect_d_hidden<S>(p, row, unit, n, product, h_row(lane, i) + unit);
+      const int64_t chunk_row = row_of_chunk(part, chunk, t, i);
+      if (!p.projected) return cell_units(row, step, i, chunk_row, unit, n, d_h);
+      Memory<V>::store(d_h, output_row(lane, i) + unit, n);
+      if (d_output_rows)
+        Memory<V>::store(d_h, d_output_rows + chunk_row * d_output_width + unit, n);
+    };
+    if (step > 0) return hidden_product(part, step, begin, rows, each);
+    // Nothing comes back from beyond the last step.
+    const Share panels((p.P + V::size - 1) / V::size, part.member, division.members);
+    for (int64_t i = begin; i < begin + rows; ++i)
+      for (int64_t unit = panels.begin * V::size; unit < panels.end * V::size; unit += V::size)
+        each(i, unit, p.P - unit, V(0));
+  }
+
+  void projection_phase(const Part& part, int64_t chunk, int64_t step) {
+    const int64_t lane = part.lane, t = time_of_step(p, lane, p.T - 1 - step);
+    const int64_t begin = order.begin(part.block);
+    const int64_t rows = order.active_end(part.block, t) - begin;
+    const Share panels(projection_panels.count, part.member, division.members);
+    for (int64_t i = panels.begin; i < panels.end; ++i)
+      projection_panels.multiply_units(
+          lane, i, output_row(lane, begin), d_output_width / E::depth, rows, p.P,
+          [&](int64_t r, int64_t unit, int64_t n, V d_h) {
+            cell_units(row_step(p, lane, order.row(begin + r), t), step, begin + r,
+                       row_of_chunk(part, chunk, t, begin + r), unit, n, d_h);
+          });
+  }
+
+  // Where row i of a block at timestep t stands among the rows of all chunks. Rows have been dealt to
+  // blocks in turn, and a chunk's rows are those of all blocks, so that sums over them do not depend on
+  // how many blocks there are.
+  int64_t row_of_chunk(const Part& part, int64_t chunk, int64_t t, int64_t i) const {
+    return part.lane * chunks.capacity + chunks.row(0, times_of(part.lane, chunk), t, 0) +
+           (i - order.begin(part.block)) * division.blocks + part.block;
+  }
+
+  HOST_DEVICE void cell_units(const RowStep& row, int64_t step, int64_t i, int64_t chunk_row,
+                              int64_t unit, int64_t n, V d_h) {
+    V d_input_gates[Cell::gates], d_hidden_gates[Cell::gates];
+    backward_units<Cell, S>(p, row, unit, n, d_h, h_row(row.lane, i) + unit,
+                            Cell::has_c ? c_row(row.lane, i) + unit : nullptr, d_input_gates,
+                            d_hidden_gates);
+    Value* state = gates_row(step + 1, row.lane, i) + unit;
+    for (int g = 0; g < Cell::gates; ++g)
+      Memory<V>::store(row.reset ? V(0) : d_hidden_gates[g], state + g * p.H, n);
+    if (!d_input_rows) return;
+    Value* inputs = d_input_rows + chunk_row * gates_width + unit;
+    Value* hiddens = d_hidden_rows + chunk_row * gates_width + unit;
+    for (int g = 0; g < Cell::gates; ++g) {
+      Memory<V>::store(d_input_gates[g], inputs + g * p.H, n);
+      if constexpr (Cell::split_gates) Memory<V>::store(d_hidden_gates[g], hiddens + g * p.H, n);
+    }
+  }
+
+  // What is left at the beginning of every row is the gradient of its initial state.
+  void finish(const Part& part) {
+    if (gradient_count) store_gradients(part);
+    if (!p.d_hx) return;
+    const int64_t lane = part.lane, begin = order.begin(part.block), end = order.end(part.block);
+    const auto store_d_hx = [&](int64_t i, int64_t unit, int64_t n, V product) {
+      const V d_h = product + V::load(h_row(lane, i) + unit);
+      Memory<V>::store(d_h, state_at<S>(p.d_hx, p.B, p.P, lane, order.row(i)) + unit, n);
+    };
+    if (is_reverse(p, lane) && p.lengths) {
+      // Rows of a reverse lane ended after as many steps as they are long, in either buffer.
+      for (int64_t i = begin; i < end; ++i)
+        hidden_product(part, p.lengths[order.row(i)], i, 1, store_d_hx);
+    } else {
+      hidden_product(part, p.T, begin, end - begin, store_d_hx);
+    }
+    if constexpr (Cell::has_c)
+      for (int64_t i = begin + part.member; i < end; i += division.members)
+        for (int64_t unit = 0; unit < p.H; unit += V::size)
+          Memory<V>::store(V::load(c_row(lane, i) + unit),
+                           state_at<S>(p.d_cx, p.B, p.H, lane, order.row(i)) + unit, p.H - unit);
+  }
+
+  // ---- the products over a chunk
+
+  int64_t rows_of(int64_t lane, int64_t chunk) const {
+    return chunks.rows(0, times_of(lane, chunk));
+  }
+
+  // Every part keeps its own list, so that none waits for another's.
+  const Place* find_places(const Part& part, int64_t chunk) {
+    Place* const list = places + (part.lane * parts + part.index) * chunks.capacity;
+    Place* at = list;
+    const auto times = times_of(part.lane, chunk);
+    for (int64_t t = times.begin; t < times.end; ++t)
+      for (int64_t i = 0; i < everything.active_end(0, t); ++i) *at++ = {t, everything.row(i)};
+    return list;
+  }
+
+  // Packs this part's share of the columns: what the weights were multiplied with.
+  void gather_columns(const Part& part, int64_t chunk) {
+    if (!multiplies()) return;
+    const int64_t lane = part.lane, rows = rows_of(lane, chunk);
+    const Place* place = find_places(part, chunk);
+    for (int g = 0; g < gradient_count; ++g) {
+      const Share panels(gradient[g].panel_count(), part.index, parts);
+      for (int64_t i = panels.begin * column_vectors; i < panels.end * column_vectors; ++i) {
+        const int64_t column = i * V::size, here = gradient[g].columns - column;
+        Value* to =
+            columns_of(gradient[g], lane, i / column_vectors) + i % column_vectors * vector_values;
+        pack_rows<E>(rows, here, to, column_vectors * vector_values, [&](int64_t k) {
+          const S* row = here > 0 ? multiplied_row(g, lane, place[k]) : nullptr;
+          return row ? row + column : nullptr;
+        });
+      }
+    }
+  }
+
+  // The row that weight g was multiplied with, or null if that was zeros.
+  const S* multiplied_row(int g, int64_t lane, const Place& place) const {
+    const int64_t t = place.t, b = place.b;
+    if (g == 0) return p.input.at<S>(t, b, lane);
+    if (g == 2) return p.unprojected.at<S>(t, b, lane);
+    const RowStep row = row_step(p, lane, b, t);
+    if (row.reset) return nullptr;
+    if (!row.first) return p.output.at<S>(previous_time(p, lane, t), b, lane);
+    return p.hx ? state_at<S>(p.hx, p.B, p.P, lane, b) : nullptr;
+  }
+
+  Value* columns_of(const Gradient& of, int64_t lane, int64_t panel) const {
+    return of.column_panels + (lane * of.panel_count() + panel) * word_count<E>(chunks.capacity) *
+                                  column_vectors * vector_values;
+  }
+  Value* strip_of(const Gradient& of, int64_t lane, int64_t strip) const {
+    return of.strips +
+           (lane * of.strip_count() + strip) * word_count<E>(chunks.capacity) * vector_values;
+  }
+
+  void multiply(const Part& part, int64_t chunk) {
+    const int64_t rows = rows_of(part.lane, chunk);
+    if (p.d_input) multiply_d_input(part, rows);
+    for (int g = 0; g < gradient_count; ++g) {
+      if (g == 0 || g == 2 || Cell::split_gates) pack_strips(part, gradient[g], rows);
+      multiply_strips(part, g, rows, chunk == 0);
+    }
+  }
+
+  void multiply_d_input(const Part& part, int64_t rows) {
+    const int64_t lane = part.lane;
+    const Place* place = places + (lane * parts + part.index) * chunks.capacity;
+    const Value* d_gates = d_input_rows + lane * chunks.capacity * gates_width;
+    const bool by_panels = input_panels.count >= parts;
+    const Share panels(input_panels.count, by_panels ? part.index : 0, by_panels ? parts : 1);
+    const Share share(rows, by_panels ? 0 : part.index, by_panels ? 1 : parts);
+    for (int64_t i = panels.begin; i < panels.end; ++i)
+      input_panels.multiply_units(
+          lane, i, d_gates + share.begin * gates_width, gates_width / E::depth,
+          share.end - share.begin, gate_rows, [&](int64_t r, int64_t unit, int64_t n, V value) {
+            const Place& at = place[share.begin + r];
+            if (lane == 0)
+              Memory<V>::store(value, p.d_input.at<S>(at.t, at.b, 0) + unit, n);
+            else
+              Memory<V>::store(value, other_d_input(lane, at.t, at.b) + unit, n);
+          });
+  }
+
+  C* other_d_input(int64_t lane, int64_t t, int64_t b) const {
+    return other_d_inputs + (((lane - 1) * p.T + t) * p.B + b) * p.I;
+  }
+
+  void pack_strips(const Part& part, const Gradient& of, int64_t rows) {
+    const int64_t width = row_width<E>(of.rows);
+    const Value* from = of.row_values + part.lane * chunks.capacity * width;
+    const Share strips(of.strip_count(), part.index, parts);
+    for (int64_t i = strips.begin; i < strips.end; ++i) {
+      const int64_t column = i * V::size;
+      Value* strip = strip_of(of, part.lane, i);
+      pack_rows<E>(rows, of.rows - column, strip, vector_values,
+                   [&](int64_t k) { return from + k * width + column; });
+      if (!of.bias_sums) continue;
+      C* sums = of.bias_sums + (part.lane * of.strip_count() + i) * V::size;
+      V sum = V::load(sums);
+      for (int64_t k = 0; k < word_count<E>(rows); ++k) {
+        V words;
+        memcpy(&words.v, strip + k * vector_values, sizeof(V));
+        sum = E::multiply_add(words, E::broadcast(E::one), sum);
+      }
+      sum.store(sums);
+    }
+  }
+
+  // Where the gradient of weight g is summed up.
+  C* sums_of(int g, int64_t lane) const {
+    if constexpr (std::is_same_v<S, C>) return static_cast<C*>(result_of(g, lane));
+    return gradient[g].sums + lane * gradient[g].rows * gradient[g].columns;
+  }
+  void* result_of(int g, int64_t lane) const {
+    const auto& d = p.d_weights[lane];
+    return g == 0 ? d.weight_ih : g == 1 ? d.weight_hh : d.weight_hr;
+  }
+
+  void multiply_strips(const Part& part, int g, int64_t rows, bool first) {
+    constexpr int W = column_vectors, R = strip_rows;
+    const Gradient& of = gradient[g];
+    const Share strips(of.strip_count(), part.index, parts);
+    C* const sums = sums_of(g, part.lane);
+    alignas(64) C tile[R * W * V::size];
+    for (int64_t panel = 0; panel < of.panel_count(); ++panel) {
+      const Value* columns = columns_of(of, part.lane, panel);
+      const int64_t column = panel * W * V::size;
+      for (int64_t row = strips.begin * V::size; row < strips.end * V::size && row < of.rows;
+           row += R) {
+        const auto* words =
+            reinterpret_cast<const typename E::Word*>(strip_of(of, part.lane, row / V::size));
+        product<E, W, R, Layout::columns>(words + row % V::size, 0, word_count<E>(rows), columns,
+                                          nullptr, tile);
+        for (int r = 0; r < R && row + r < of.rows; ++r)
+          for (int w = 0; w < W; ++w) {
+            const int64_t n = of.columns - column - w * V::size;
+            if (n <= 0) break;
+            C* to = sums + (row + r) * of.columns + column + w * V::size;
+            const V sum = V::load(tile + (r * W + w) * V::size);
+            Memory<V>::store(first ? sum : sum + Memory<V>::load(to, n), to, n);
+          }
+      }
+    }
+  }
+
+  void store_gradients(const Part& part) {
+    const int64_t lane = part.lane;
+    for (int g = 0; g < gradient_count; ++g) {
+      const Gradient& of = gradient[g];
+      const Share strips(of.strip_count(), part.index, parts);
+      const int64_t begin = strips.begin * V::size;
+      const int64_t end = strips.end * V::size < of.rows ? strips.end * V::size : of.rows;
+      if constexpr (!std::is_same_v<S, C>) {
+        const C* sums = sums_of(g, lane);
+        S* to = static_cast<S*>(result_of(g, lane));
+        for (int64_t i = begin * of.columns; i < end * of.columns; i += V::size)
+          Memory<V>::store(Memory<V>::load(sums + i, end * of.columns - i), to + i,
+                           end * of.columns - i);
+      }
+      if (!of.bias_sums) continue;
+      const C* sums = of.bias_sums + lane * of.strip_count() * V::size;
+      S* const to[] = {static_cast<S*>(p.d_weights[lane].bias_ih),
+                       static_cast<S*>(p.d_weights[lane].bias_hh)};
+      for (int bias = 0; bias < 2; ++bias)
+        if (bias == g || !Cell::split_gates)
+          for (int64_t i = begin; i < end; i += V::size)
+            Memory<V>::store(V::load(sums + i), to[bias] + i, end - i);
+    }
+  }
+
+  // Lanes read the same input; each has left its gradient in a place of its own.
+  void add_lanes() {
+    parallel(host, p.B, division.parallel, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b)
+        for (int64_t t = 0; t < row_length(p, b); ++t) {
+          S* to = p.d_input.at<S>(t, b, 0);
+          for (int64_t j = 0; j < p.I; j += V::size) {
+            V sum = Memory<V>::load(to + j, p.I - j);
+            for (int64_t lane = 1; lane < p.L; ++lane)
+              sum = sum + Memory<V>::load(other_d_input(lane, t, b) + j, p.I - j);
+            Memory<V>::store(sum, to + j, p.I - j);
+          }
+        }
+    });
+  }
+
+  const LayerBackwardParams& p;
+  const Host& host;
+  const int64_t gate_rows;                    // G*H
+  const int64_t gates_width, d_output_width;  // of rows that are multiplied
+  const int64_t h_width, c_width;
+  PlainPanels hidden_panels, input_panels, projection_panels;
+  const Division division;
+  const int64_t parts;  // of a team
+  const RowOrder order;
+  const RowOrder everything;  // as if there were one block
+  const Chunks chunks;
+  Gradient gradient[3] = {};  // of weight_ih, weight_hh, weight_hr
+  const int gradient_count;
+  Value* d_gates_state[2] = {};  // [lane][row in order][gates_width]
+  C* d_h_state = nullptr;        // [lane][row in order][h_width]: passed on to h directly
+  C* d_c_state = nullptr;        // [lane][row in order][c_width]
+  Value* d_output_state =
+      nullptr;                    // [lane][row in order][d_output_width]: d_h before the projection
+  Place* places = nullptr;        // [lane][part][row of chunk]
+  Value* d_input_rows = nullptr;  // [lane][row of chunk][gates_width]
+  Value* d_hidden_rows = nullptr;  // the same, or the same again if the cell splits its gates
+  Value* d_output_rows = nullptr;  // [lane][row of chunk][d_output_width]
+  C* other_d_inputs = nullptr;     // [lane - 1][t][row][I]
+};

@@ -1,0 +1,263 @@
+// Forward of a whole layer, for any cell and storage type.
+//
+//   work = lanes x row blocks, each a team       teams never wait for each other
+//   team = members, each a share of unit panels  members meet once per phase (team.h)
+//
+// Time goes by in chunks of about chunk_rows rows of input. A chunk's rows are copied together
+// (finished rows left out), multiplied by weight_ih, and then the recurrence runs over its timesteps:
+// for every panel of units, for every tile of rows, one product (product.h) and the step around the
+// cell (step.h) on its result. So input gates never leave the cache, and those that a member needs it
+// makes itself, in the order in which it will read them:
+//
+//   input_gates[panel][row of the chunk][gate][unit of the panel]
+//
+// State lives in row-major buffers; h alternates between two, since members read the whole of one
+// while they write their part of the other. Rows are dealt to blocks by falling length, so that the
+// rows still running at a timestep are the first ones of a block and finished rows cost nothing.
+//
+// Included inside the instruction set's namespace.
+
+// Vectors of units per gate in a panel: enough that a panel is at least two vectors wide.
+constexpr int vectors_per_gate(int gates) { return gates >= 2 ? 1 : 2; }
+
+template <class Cell, class S>
+class Forward {
+  using C = Compute<S>;
+  using V = Vector<C>;
+  using E = Operand<S>;
+  using Value = typename E::Value;
+  static constexpr int per_gate = vectors_per_gate(Cell::gates);
+  using GatePanels = Panels<E, Cell::gates, per_gate>;
+  using PlainPanels = Panels<E, 1, 2>;
+  static constexpr int64_t chunk_rows = 128;
+
+ public:
+  Forward(const LayerForwardParams& p, const Host& host)
+      : p(p),
+        host(host),
+        x_width(row_width<E>(p.I)),
+        h_width(row_width<E>(p.P)),
+        m_width(row_width<E>(p.H)),
+        c_width(round_up(p.H, V::size)),
+        packed(p.T * p.B > 3),
+        input_panels({p.H, p.I, p.H * p.I, p.I, 1}),
+        hidden_panels({p.H, p.P, p.H * p.P, p.P, 1}),
+        projection_panels({p.P, p.H, 0, p.H, 1}, p.projected),
+        division(p, Cell::gates * p.H * (p.P + p.I), hidden_panels.count, sizeof(Value),
+                 host.threads),
+        order(p, division.blocks),
+        chunks(p, order, chunk_rows) {
+    take_all(host, *this);
+  }
+
+  void run() {
+    pack();
+    run_teams(host, p.L * division.blocks, division.members, division.parallel,
+              1 + chunks.count * phases_per_chunk(), [&](int64_t team, int64_t member, int64_t i) {
+                const Part part{team / division.blocks, team % division.blocks, member, team};
+                if (i == 0) return load_initial(part);
+                const int64_t chunk = (i - 1) / phases_per_chunk();
+                const int64_t phase = (i - 1) % phases_per_chunk() - 1;
+                if (phase < 0) return gather(part, chunk);
+                const int64_t step = chunk * chunks.steps + phase / phases_per_step();
+                if (step >= p.T) return;
+                if (phase == 0) multiply_input(part, chunk);
+                if (phase % phases_per_step() == 0)
+                  cell_phase(part, chunk, step);
+                else
+                  projection_phase(part, step);
+              });
+  }
+
+  void take_memory(Arena& arena) {
+    const bool with_bias = p.weights[0].bias_ih;
+    if (packed) {
+      input_panels.take_memory(arena, p.L, with_bias);
+      hidden_panels.take_memory(arena, p.L, with_bias);
+    }
+    projection_panels.take_memory(arena, p.L);
+    const int64_t teams = p.L * division.blocks;
+    input_rows = arena.take<Value>(teams * chunks.capacity * x_width);
+    input_gates =
+        arena.take<C>(teams * chunks.capacity * input_panels.count * GatePanels::W * V::size);
+    h_state[0] = arena.take<Value>(p.L * p.B * h_width);
+    h_state[1] = arena.take<Value>(p.L * p.B * h_width);
+    if (Cell::has_c) c_state = arena.take<C>(p.L * p.B * c_width);
+    if (p.projected) m_state = arena.take<Value>(p.L * p.B * m_width);
+  }
+
+ private:
+  struct Part {
+    int64_t lane, block, member, team;
+  };
+
+  int64_t phases_per_step() const { return p.projected ? 2 : 1; }
+  int64_t phases_per_chunk() const { return 1 + chunks.steps * phases_per_step(); }
+
+  Value* h_row(int64_t buffer, int64_t lane, int64_t i) const {
+    return h_state[buffer & 1] + (lane * p.B + i) * h_width;
+  }
+  C* c_row(int64_t lane, int64_t i) const { return c_state + (lane * p.B + i) * c_width; }
+  Value* m_row(int64_t lane, int64_t i) const { return m_state + (lane * p.B + i) * m_width; }
+  Value* input_row(const Part& part, int64_t row) const {
+    return input_rows + (part.team * chunks.capacity + row) * x_width;
+  }
+  C* gates_of_panel(const Part& part, int64_t panel) const {
+    return input_gates +
+           (part.team * input_panels.count + panel) * chunks.capacity * GatePanels::W * V::size;
+  }
+
+  static const S* as_s(const void* data) { return static_cast<const S*>(data); }
+
+  void pack() {
+    const int64_t gate_panels = packed ? hidden_panels.count : 0;
+    const int64_t per_lane = 2 * gate_panels + projection_panels.count;
+    const bool worthwhile = p.L * Cell::gates * p.H * (p.I + p.P) >= packing_worth_a_thread;
+    parallel(host, p.L * per_lane, worthwhile, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t lane = task / per_lane, i = task % per_lane;
+        const auto& w = p.weights[lane];
+        if (i < gate_panels)
+          input_panels.pack(lane, i, as_s(w.weight_ih), as_s(w.bias_ih));
+        else if (i < 2 * gate_panels)
+          hidden_panels.pack(lane, i - gate_panels, as_s(w.weight_hh), as_s(w.bias_hh));
+        else
+          projection_panels.pack(lane, i - 2 * gate_panels, as_s(w.weight_hr));
+      }
+    });
+  }
+
+  // Every member loads a share of the rows, whole.
+  void load_initial(const Part& part) {
+    const int64_t lane = part.lane;
+    const int64_t begin = order.begin(part.block), end = order.end(part.block);
+    for (int64_t i = begin + part.member; i < end; i += division.members) {
+      const int64_t b = order.row(i);
+      // In both buffers: a row of a reverse lane may begin at any step.
+      memset(h_row(0, lane, i), 0, h_width * sizeof(Value));
+      memset(h_row(1, lane, i), 0, h_width * sizeof(Value));
+      if (p.projected) memset(m_row(lane, i), 0, m_width * sizeof(Value));
+      for (int64_t unit = 0; unit < p.P; unit += V::size) {
+        const int64_t n = p.P - unit;
+        const V h = initial_state<S, V>(p, p.hx, p.h_n, p.P, lane, b, unit, n);
+        Memory<V>::store(h, h_row(0, lane, i) + unit, n);
+        Memory<V>::store(h, h_row(1, lane, i) + unit, n);
+      }
+      if constexpr (Cell::has_c)
+        for (int64_t unit = 0; unit < p.H; unit += V::size)
+          initial_state<S, V>(p, p.cx, p.c_n, p.H, lane, b, unit, p.H - unit)
+              .store(c_row(lane, i) + unit);
+    }
+  }
+
+  // Every member copies a share of the chunk's rows of input.
+  void gather(const Part& part, int64_t chunk) {
+    const auto times = chunks.times(is_reverse(p, part.lane), chunk);
+    for (int64_t t = times.begin; t < times.end; ++t)
+      for (int64_t i = order.begin(part.block); i < order.active_end(part.block, t); ++i) {
+        const int64_t row = chunks.row(part.block, times, t, i);
+        if (row % division.members != part.member) continue;
+        const S* from = p.input.at<S>(t, order.row(i), part.lane);
+        Value* to = input_row(part, row);
+        for (int64_t j = 0; j < x_width; j += V::size)
+          Memory<V>::store(j < p.I ? Memory<V>::load(from + j, p.I - j) : V(0), to + j, V::size);
+      }
+  }
+
+  template <class Each>
+  HOST_DEVICE void multiply(const GatePanels& panels, const void* weights, const void* bias,
+                            int64_t lane, int64_t i, const Value* a, int64_t width, int64_t rows,
+                            C* out, const Each& each) {
+    if (packed) return panels.multiply(lane, i, a, width / E::depth, rows, out, each);
+    constexpr int row_size = GatePanels::W * V::size;
+    alignas(64) C buffer[row_size];
+    for (int64_t r = 0; r < rows; ++r) {
+      C* tile = out ? out + r * row_size : buffer;
+      panels.multiply_unpacked(i, as_s(weights), as_s(bias), a + r * width, tile);
+      each(r, 1, tile);
+    }
+  }
+
+  void multiply_input(const Part& part, int64_t chunk) {
+    const auto times = chunks.times(is_reverse(p, part.lane), chunk);
+    const int64_t rows = chunks.rows(part.block, times);
+    const Share panels(input_panels.count, part.member, division.members);
+    const auto& w = p.weights[part.lane];
+    for (int64_t i = panels.begin; i < panels.end; ++i)
+      multiply(input_panels, w.weight_ih, w.bias_ih, part.lane, i, input_row(part, 0), x_width,
+               rows, gates_of_panel(part, i), [](int64_t, int, const C*) {});
+  }
+
+  void cell_phase(const Part& part, int64_t chunk, int64_t step) {
+    const int64_t lane = part.lane, t = time_of_step(p, lane, step);
+    const auto times = chunks.times(is_reverse(p, lane), chunk);
+    const int64_t begin = order.begin(part.block);
+    const int64_t rows = order.active_end(part.block, t) - begin;
+    const int64_t chunk_row = chunks.row(part.block, times, t, begin);
+    const Share panels(hidden_panels.count, part.member, division.members);
+    const Value* h = h_row(step, lane, begin);
+    const auto& w = p.weights[lane];
+    for (int64_t k = panels.begin; k < panels.end; ++k) {
+      // There and back again, so that the panels used last are still in the cache.
+      const int64_t i = step & 1 ? panels.begin + panels.end - 1 - k : k;
+      const C* inputs = gates_of_panel(part, i) + chunk_row * GatePanels::W * V::size;
+      multiply(hidden_panels, w.weight_hh, w.bias_hh, lane, i, h, h_width, rows, nullptr,
+               [&](int64_t first, int height, const C* tile) {
+                 for (int r = 0; r < height; ++r) {
+                   const int64_t at = begin + first + r;
+                   const RowStep row = row_step(p, lane, order.row(at), t);
+                   const int64_t offset = r * GatePanels::W * V::size;
+                   cell_row(row, at, step, i * GatePanels::units_each,
+                            inputs + first * GatePanels::W * V::size + offset, tile + offset);
+                 }
+               });
+    }
+  }
+
+  HOST_DEVICE void cell_row(const RowStep& row, int64_t i, int64_t step, int64_t first_unit,
+                            const C* inputs, const C* tile) {
+    for (int v = 0; v < per_gate; ++v) {
+      const int64_t unit = first_unit + v * V::size;
+      if (unit >= p.H) break;
+      V from_input[Cell::gates], from_hidden[Cell::gates];
+      for (int g = 0; g < Cell::gates; ++g) {
+        from_input[g] = V::load(inputs + (g * per_gate + v) * V::size);
+        from_hidden[g] = V::load(tile + (g * per_gate + v) * V::size);
+      }
+      forward_units<Cell, S>(
+          p, row, unit, p.H - unit, from_input, from_hidden, h_row(step, row.lane, i) + unit,
+          Cell::has_c ? c_row(row.lane, i) + unit : nullptr,
+          p.projected ? m_row(row.lane, i) + unit : h_row(step + 1, row.lane, i) + unit);
+    }
+  }
+
+  void projection_phase(const Part& part, int64_t step) {
+    const int64_t lane = part.lane, t = time_of_step(p, lane, step);
+    const int64_t begin = order.begin(part.block);
+    const int64_t rows = order.active_end(part.block, t) - begin;
+    const Share panels(projection_panels.count, part.member, division.members);
+    for (int64_t i = panels.begin; i < panels.end; ++i)
+      projection_panels.multiply_units(lane, i, m_row(lane, begin), m_width / E::depth, rows, p.H,
+                                       [&](int64_t r, int64_t unit, int64_t n, V h) {
+                                         emit_hidden<S>(
+                                             p, row_step(p, lane, order.row(begin + r), t), unit, n,
+                                             h, h_row(step + 1, lane, begin + r) + unit);
+                                       });
+  }
+
+  const LayerForwardParams& p;
+  const Host& host;
+  const int64_t x_width, h_width, m_width, c_width;
+  const bool packed;  // whether weights are; a few rows are multiplied faster without
+  GatePanels input_panels, hidden_panels;
+  PlainPanels projection_panels;
+  const Division division;
+  const RowOrder order;
+  const Chunks chunks;
+  Value* input_rows = nullptr;  // [team][row of chunk][x_width]
+  C* input_gates = nullptr;     // [team][panel][row of chunk][gate][unit of panel]
+  Value* h_state[2] =
+      {};  // [lane][row in order][h_width]: what the next product reads, and the other
+  C* c_state = nullptr;      // [lane][row in order][c_width]
+  Value* m_state = nullptr;  // [lane][row in order][m_width]: h before the projection
+};
