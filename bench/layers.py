@@ -29,7 +29,7 @@ class Row:
     check: timing.Check
     time: timing.Timing | None
     peak_bytes: tuple[int | None, int | None] = (None, None)  # ours and the peer's, of one call
-    flops: int | None = None  # of the matrix products of one call; what is around them is not counted
+    flops: int | None = None  # in the matrix products of one call
 
     @property
     def flops_per_s(self) -> float | None:
@@ -82,7 +82,7 @@ def measure(
 
 
 def product_flops(cell: str, mode: str, shape: Shape) -> int:
-    """Operations in the products with weight_ih and weight_hh; their gradients are twice as many."""
+    """Operations in the products with weight_ih and weight_hh, twice as many in their gradients."""
     gates = {"RNN": 1, "GRU": 3, "LSTM": 4}[cell]
     forward = 2 * shape.T * shape.B * gates * shape.H * (shape.I + shape.H)
     return forward if mode == "forward" else 3 * forward

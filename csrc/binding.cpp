@@ -72,13 +72,12 @@ std::string shape_string(const Tensor& tensor) {
 void check_shape(const char* name, const Tensor& tensor, std::initializer_list<int64_t> expected,
                  const char* letters) {
   bool same = tensor.dim() == static_cast<int64_t>(expected.size());
+  for (size_t i = 0; same && i < expected.size(); ++i)
+    same = tensor.size(static_cast<int64_t>(i)) == expected.begin()[i];
+  if (same) return;
   std::string text;
-  int64_t i = 0;
-  for (int64_t size : expected) {
-    same = same && tensor.size(i) == size;
-    text += (i++ ? ", " : "") + std::to_string(size);
-  }
-  STD_TORCH_CHECK(same, "Expected ", name, " of shape ", letters, " = (", text, "), got ",
+  for (const int64_t size : expected) text += (text.empty() ? "" : ", ") + std::to_string(size);
+  STD_TORCH_CHECK(false, "Expected ", name, " of shape ", letters, " = (", text, "), got ",
                   shape_string(tensor));
 }
 
@@ -163,38 +162,58 @@ OptionalTensor with_contiguous_units(const OptionalTensor& tensor) {
 }
 
 // Allocates results beside `like`; `zeroed` where ragged rows leave steps unwritten.
-struct Results {
-  const Tensor& like;
-  bool zeroed;
+class Results {
+ public:
+  Results(const Tensor& like, bool zeroed) : like_(like), zeroed_(zeroed) {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type_));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(like.get(), &layout_));
+  }
 
   Tensor operator()(std::initializer_list<int64_t> shape, ScalarType dtype) const {
-    return zeroed ? torch::stable::new_zeros(like, shape, dtype)
-                  : torch::stable::new_empty(like, shape, dtype);
+    if (zeroed_) return torch::stable::new_zeros(like_, shape, dtype);
+    // stable::new_empty looks its op up by name; this takes half as long.
+    int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+    int32_t layout = layout_, device_type = device_type_;
+    AtenTensorHandle handle;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(
+        like_.get(), std::data(shape), static_cast<int64_t>(shape.size()), &type, &layout,
+        &device_type, like_.get_device_index(), nullptr, &handle));
+    return Tensor(handle);
   }
   Tensor operator()(std::initializer_list<int64_t> shape) const {
-    return (*this)(shape, like.scalar_type());
+    return (*this)(shape, like_.scalar_type());
   }
-  Tensor none() const { return torch::stable::new_empty(like, {0}); }
+  Tensor none() const { return (*this)({0}); }
+
+ private:
+  const Tensor& like_;
+  const bool zeroed_;
+  int32_t device_type_, layout_;
 };
 
 // ---- engines -----------------------------------------------------------------------------------------
 
 // Scratch comes from torch's allocator: cached, and filled with NaN when torch is asked to do that.
-void* allocate_scratch(void* allocator, size_t bytes) {
-  Tensor& scratch = *static_cast<Tensor*>(allocator);
-  scratch = torch::stable::empty({static_cast<int64_t>(bytes) + 64}, ScalarType::Byte);
-  const auto address = reinterpret_cast<uintptr_t>(scratch.data_ptr());
-  return reinterpret_cast<void*>((address + 63) / 64 * 64);
-}
+struct Scratch {
+  const Results make;
+  Tensor memory;
+
+  static void* allocate(void* self, size_t bytes) {
+    auto& scratch = *static_cast<Scratch*>(self);
+    scratch.memory = scratch.make({static_cast<int64_t>(bytes) + 64}, ScalarType::Byte);
+    const auto address = reinterpret_cast<uintptr_t>(scratch.memory.data_ptr());
+    return reinterpret_cast<void*>((address + 63) / 64 * 64);
+  }
+};
 
 template <class Run>
-void on_cpu(const Run& run) {
-  Tensor scratch;
+void on_cpu(const Tensor& like, const Run& run) {
+  Scratch scratch{Results(like, false), {}};
   const cpu::Host host{static_cast<int>(torch::stable::get_num_threads()),
                        [](int64_t count, void (*task)(int64_t, int64_t, void*), void* context) {
                          TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, 1, task, context));
                        },
-                       allocate_scratch, &scratch};
+                       Scratch::allocate, &scratch};
   run(host);
 }
 
@@ -241,14 +260,14 @@ void run_per_step(const CellTraits& cell, const Params& p, const Tensor& like) {
 }
 #endif
 
-void run(const CellTraits& cell, const LayerForwardParams& p) {
+void run(const CellTraits& cell, const LayerForwardParams& p, const Tensor& like) {
   const auto engine = cpu::active_instruction_set().forward(cpu::CellId(cell.index), p.dtype);
-  on_cpu([&](const cpu::Host& host) { engine(p, host); });
+  on_cpu(like, [&](const cpu::Host& host) { engine(p, host); });
 }
 
-void run(const CellTraits& cell, const LayerBackwardParams& p) {
+void run(const CellTraits& cell, const LayerBackwardParams& p, const Tensor& like) {
   const auto engine = cpu::active_instruction_set().backward(cpu::CellId(cell.index), p.dtype);
-  on_cpu([&](const cpu::Host& host) { engine(p, host); });
+  on_cpu(like, [&](const cpu::Host& host) { engine(p, host); });
 }
 
 // ---- what the ops of layers and of recurrences share -------------------------------------------------
@@ -432,7 +451,7 @@ TensorList forward(const CellTraits& cell, const Tensor& input, const TensorList
     if (cell.has_c) p.saved_cells = reserve(1, c_type);
     if (p.projected) p.unprojected = sequence(add(make({p.T, p.B, p.L, p.H})));
   }
-  if (p.B > 0) run(cell, p);
+  if (p.B > 0) run(cell, p, arguments.input);
   return results;
 }
 
@@ -519,7 +538,7 @@ TensorList backward(const CellTraits& cell, OptionalTensor grad_output, Optional
     }
     p.d_weights = d_weights.data();
   }
-  if (p.B > 0) run(cell, p);
+  if (p.B > 0) run(cell, p, like);
   return results;
 }
 
@@ -784,7 +803,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> additive_attention_forward(
   if (empty)
     torch::stable::fill_(logsumexp, -INFINITY);
   else
-    on_cpu([&](const cpu::Host& host) {
+    on_cpu(inputs.query, [&](const cpu::Host& host) {
       cpu::active_instruction_set().attention_forward(p.dtype)(p, host);
     });
   return {context, logsumexp, weights, scores};
@@ -831,7 +850,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> additive_attention_backward(
   p.d_weight = d_weight.data_ptr();
   p.d_bias = bias ? d_bias.data_ptr() : nullptr;
   if (!empty)
-    on_cpu([&](const cpu::Host& host) {
+    on_cpu(inputs.query, [&](const cpu::Host& host) {
       cpu::active_instruction_set().attention_backward(p.dtype)(p, host);
     });
   return {d_query, d_key, d_value, d_weight, d_bias};
