@@ -48,6 +48,7 @@ def extension():
         "-fvisibility=hidden",
         "-Wall",
         "-Wno-psabi",
+        "-Wno-uninitialized",
         "-Wno-maybe-uninitialized",
     ]
     common = {

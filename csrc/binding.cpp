@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <atomic>
 #include <cmath>
 #include <functional>
 #include <optional>
@@ -18,6 +19,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/HeaderOnlyArrayRef.h>
 
 #include "cells/cells.h"
 #include "cpu/engine.h"
@@ -39,6 +41,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using TensorList = std::vector<Tensor>;
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 
 enum class CellIndex : int {
 #define FUSED_RNN_INDEX(name, cell) name,
@@ -69,11 +72,10 @@ std::string shape_string(const Tensor& tensor) {
   return text + ")";
 }
 
-void check_shape(const char* name, const Tensor& tensor, std::initializer_list<int64_t> expected,
-                 const char* letters) {
+void check_shape(const char* name, const Tensor& tensor, Sizes expected, const char* letters) {
   bool same = tensor.dim() == static_cast<int64_t>(expected.size());
   for (size_t i = 0; same && i < expected.size(); ++i)
-    same = tensor.size(static_cast<int64_t>(i)) == expected.begin()[i];
+    same = tensor.size(static_cast<int64_t>(i)) == expected[i];
   if (same) return;
   std::string text;
   for (const int64_t size : expected) text += (text.empty() ? "" : ", ") + std::to_string(size);
@@ -132,11 +134,6 @@ Sequence sequence(const Tensor& tensor) {
 
 Sequence sequence(const OptionalTensor& tensor) { return tensor ? sequence(*tensor) : Sequence{}; }
 
-// A (T, B, L*n) tensor: the lanes side by side, or one for all of them with n = 0.
-Sequence flat_sequence(const Tensor& tensor, int64_t n) {
-  return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), n};
-}
-
 // A (T, B, L, S*H) tensor.
 Reserve natural_reserve(const Tensor& tensor, int64_t H) {
   return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1),
@@ -169,20 +166,18 @@ class Results {
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(like.get(), &layout_));
   }
 
-  Tensor operator()(std::initializer_list<int64_t> shape, ScalarType dtype) const {
+  Tensor operator()(Sizes shape, ScalarType dtype) const {
     if (zeroed_) return torch::stable::new_zeros(like_, shape, dtype);
     // stable::new_empty looks its op up by name; this takes half as long.
     int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
     int32_t layout = layout_, device_type = device_type_;
     AtenTensorHandle handle;
     TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(
-        like_.get(), std::data(shape), static_cast<int64_t>(shape.size()), &type, &layout,
-        &device_type, like_.get_device_index(), nullptr, &handle));
+        like_.get(), shape.data(), static_cast<int64_t>(shape.size()), &type, &layout, &device_type,
+        like_.get_device_index(), nullptr, &handle));
     return Tensor(handle);
   }
-  Tensor operator()(std::initializer_list<int64_t> shape) const {
-    return (*this)(shape, like_.scalar_type());
-  }
+  Tensor operator()(Sizes shape) const { return (*this)(shape, like_.scalar_type()); }
   Tensor none() const { return (*this)({0}); }
 
  private:
@@ -206,10 +201,31 @@ struct Scratch {
   }
 };
 
+// Threads lent to one call. Calls at the same time, from several threads of the caller, share what
+// torch may use instead of each taking it all; results do not depend on how many there are.
+class Threads {
+ public:
+  Threads() {
+    const int all = static_cast<int>(torch::stable::get_num_threads());
+    int lent = lent_.load();
+    do count_ = all - lent > 1 ? all - lent : 1;
+    while (!lent_.compare_exchange_weak(lent, lent + count_));
+  }
+  ~Threads() { lent_ -= count_; }
+  Threads(const Threads&) = delete;
+  Threads& operator=(const Threads&) = delete;
+  int count() const { return count_; }
+
+ private:
+  static inline std::atomic<int> lent_{0};
+  int count_;
+};
+
 template <class Run>
 void on_cpu(const Tensor& like, const Run& run) {
   Scratch scratch{Results(like, false), {}};
-  const cpu::Host host{static_cast<int>(torch::stable::get_num_threads()),
+  const Threads threads;
+  const cpu::Host host{threads.count(),
                        [](int64_t count, void (*task)(int64_t, int64_t, void*), void* context) {
                          TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, 1, task, context));
                        },
@@ -326,44 +342,143 @@ void check_directions(int64_t directions, int64_t lanes) {
 
 // ---- a whole layer, on the CPU -----------------------------------------------------------------------
 
+// How sequences lie in memory: (T, B, ...), or with batch_sizes packed, (N, ...). Whatever is wrong
+// with batch_sizes is found here: the engine writes where they say.
+class Time {
+ public:
+  int64_t T, B;
+  std::vector<int64_t> lengths;  // (B) if packed, else empty
+
+  Time(const Tensor& input, const OptionalTensor& batch_sizes) {
+    if (!batch_sizes) {
+      STD_TORCH_CHECK(input.dim() == 3, "Expected input of shape (T, B, I), got ",
+                      shape_string(input));
+      T = input.size(0);
+      B = input.size(1);
+      return;
+    }
+    STD_TORCH_CHECK(input.dim() == 2,
+                    "Expected input of shape (N, I), since there are batch_sizes, got ",
+                    shape_string(input));
+    check_like("batch_sizes", *batch_sizes, input, ScalarType::Long);
+    STD_TORCH_CHECK(batch_sizes->dim() == 1 && batch_sizes->size(0) > 0,
+                    "Expected batch_sizes of shape (T) with T of at least 1, got ",
+                    shape_string(*batch_sizes));
+    const Tensor contiguous = as_contiguous(*batch_sizes);
+    take(static_cast<const int64_t*>(contiguous.const_data_ptr()), contiguous.size(0),
+         input.size(0));
+  }
+
+  bool packed() const { return !lengths.empty(); }
+
+  // (T, B, n...) or (N, n...).
+  class Dimensions {
+   public:
+    Dimensions(const Time& time, std::initializer_list<int64_t> tail) {
+      if (time.packed()) {
+        sizes_[count_++] = time.rows_;
+      } else {
+        sizes_[count_++] = time.T;
+        sizes_[count_++] = time.B;
+      }
+      for (const int64_t size : tail) sizes_[count_++] = size;
+    }
+    operator Sizes() const { return {sizes_, count_}; }
+
+   private:
+    int64_t sizes_[4];
+    size_t count_ = 0;
+  };
+  Dimensions shape(std::initializer_list<int64_t> tail) const { return {*this, tail}; }
+
+  void check(const char* name, const Tensor& tensor, std::initializer_list<int64_t> tail,
+             const char* letters) const {
+    check_shape(name, tensor, shape(tail),
+                ((packed() ? "(N, " : "(T, B, ") + std::string(letters) + ")").c_str());
+  }
+
+  // Of a tensor (..., L*n): the lanes side by side, or one for all of them with n = 0.
+  Sequence flat_sequence(const Tensor& tensor, int64_t n) const {
+    if (packed()) return {tensor.data_ptr(), 0, tensor.stride(0), n, rows_before_.data()};
+    return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), n};
+  }
+
+  // Of a tensor (..., L, n).
+  Sequence sequence(const Tensor& tensor) const {
+    return packed() ? flat_sequence(tensor, tensor.stride(1)) : binding::sequence(tensor);
+  }
+
+ private:
+  void take(const int64_t* sizes, int64_t count, int64_t rows) {
+    int64_t before = 0;
+    rows_before_.resize(count);
+    for (int64_t t = 0; t < count; ++t) {
+      STD_TORCH_CHECK(sizes[t] >= 1, "Expected batch_sizes of at least 1, got batch_sizes[", t,
+                      "] = ", sizes[t]);
+      STD_TORCH_CHECK(t == 0 || sizes[t] <= sizes[t - 1],
+                      "Expected batch_sizes that never increase, got batch_sizes[", t,
+                      "] = ", sizes[t], " after ", sizes[t - 1]);
+      // Not against the sum, which large numbers overflow.
+      STD_TORCH_CHECK(sizes[t] <= rows - before, "Expected batch_sizes that add up to the ", rows,
+                      " rows of input, got more");
+      rows_before_[t] = before;
+      before += sizes[t];
+    }
+    STD_TORCH_CHECK(before == rows, "Expected batch_sizes that add up to the ", rows,
+                    " rows of input, got ", before);
+    rows_ = rows;
+    T = count;
+    B = sizes[0];
+    lengths.resize(B);
+    for (int64_t t = count, b = 0; t > 0; --t)
+      for (; b < sizes[t - 1]; ++b) lengths[b] = t;
+  }
+
+  int64_t rows_ = 0;                  // N
+  std::vector<int64_t> rows_before_;  // (T)
+};
+
 // What both ops take: checked, laid out as the engine reads it, and kept alive.
 struct LayerArguments {
   Tensor input;
   TensorList states, weights;
+  Time time;
   Ragged ragged;
   std::vector<LaneWeights<const void*>> lanes;
 
   template <class Params>
   LayerArguments(const CellTraits& cell, const Tensor& input_in, TensorList states_in,
                  TensorList weights_in, bool has_biases, const OptionalTensor& lengths,
-                 const OptionalTensor& resets, int64_t lane_count, int64_t directions, Params& p)
-      : input(checked_input(input_in)),
+                 const OptionalTensor& batch_sizes, const OptionalTensor& resets,
+                 int64_t lane_count, int64_t directions, Params& p)
+      : input(input_in),
         states(std::move(states_in)),
         weights(std::move(weights_in)),
-        ragged(lengths, resets, input, input.size(0), input.size(1)) {
+        time(input, batch_sizes),
+        ragged(lengths, resets, input, time.T, time.B) {
+    STD_TORCH_CHECK(!lengths || !batch_sizes,
+                    "Expected lengths to be None, since batch_sizes say the same");
     p.dtype = storage_type("input", input);
     STD_TORCH_CHECK(lane_count >= 1, "Expected lanes of at least 1, got ", lane_count);
     check_directions(directions, lane_count);
-    p.T = input.size(0);
-    p.B = input.size(1);
-    p.I = input.size(2);
+    p.T = time.T;
+    p.B = time.B;
+    p.I = input.size(input.dim() - 1);
     p.L = lane_count;
     p.directions = static_cast<int>(directions);
     take_weights(cell, has_biases, p);
     take_states(cell, p);
     input = with_contiguous_units(input);
     ragged.fill(p);
-    p.input = flat_sequence(input, 0);
+    if (time.packed()) p.lengths = time.lengths.data();
+    p.input = time.flat_sequence(input, 0);
     p.weights = lanes.data();
   }
 
- private:
-  static const Tensor& checked_input(const Tensor& input) {
-    STD_TORCH_CHECK(input.dim() == 3, "Expected input of shape (T, B, I), got ",
-                    shape_string(input));
-    return input;
-  }
+  // Whether sequences have steps that the engine leaves unwritten.
+  bool has_padding() const { return ragged.lengths.has_value(); }
 
+ private:
   template <class Params>
   void take_weights(const CellTraits& cell, bool has_biases, Params& p) {
     const int64_t count = static_cast<int64_t>(weights.size()), each = count / p.L;
@@ -412,8 +527,7 @@ struct LayerArguments {
     if (cell.has_c) p.cx = take("cx", states[1], {p.L, p.B, p.H}, "(L, B, H)");
   }
 
-  const void* take(const char* name, Tensor& tensor, std::initializer_list<int64_t> shape,
-                   const char* letters) const {
+  const void* take(const char* name, Tensor& tensor, Sizes shape, const char* letters) const {
     check_like(name, tensor, input, input.scalar_type());
     check_shape(name, tensor, shape, letters);
     tensor = as_contiguous(tensor);
@@ -423,25 +537,26 @@ struct LayerArguments {
 
 TensorList forward(const CellTraits& cell, const Tensor& input, const TensorList& states,
                    const TensorList& weights, bool has_biases, const OptionalTensor& lengths,
-                   const OptionalTensor& resets, int64_t lanes, int64_t directions, bool save,
-                   bool want_cells) {
+                   const OptionalTensor& batch_sizes, const OptionalTensor& resets, int64_t lanes,
+                   int64_t directions, bool save, bool want_cells) {
   STD_TORCH_CHECK(cell.has_c || !want_cells, "Expected want_cells to be false, since ", cell.name,
                   " has no cell state");
   LayerForwardParams p{};
-  const LayerArguments arguments(cell, input, states, weights, has_biases, lengths, resets, lanes,
-                                 directions, p);
+  const LayerArguments arguments(cell, input, states, weights, has_biases, lengths, batch_sizes,
+                                 resets, lanes, directions, p);
+  const Time& time = arguments.time;
   const ScalarType dtype = input.scalar_type(), c_type = compute_type(dtype);
-  const Results make{arguments.input, p.lengths != nullptr};
-  const Results make_state{arguments.input, false};
+  const Results make{arguments.input, false};
+  const Results make_sequence{arguments.input, arguments.has_padding()};
   TensorList results;
   results.reserve(7);
   const auto add = [&](Tensor tensor) -> const Tensor& {
     return results.emplace_back(std::move(tensor));
   };
-  p.output = flat_sequence(add(make({p.T, p.B, p.L * p.P})), p.P);
-  p.h_n = add(make_state({p.L, p.B, p.P})).data_ptr();
-  if (cell.has_c) p.c_n = add(make_state({p.L, p.B, p.H})).data_ptr();
-  if (want_cells) p.cells = sequence(add(make({p.T, p.B, p.L, p.H}, c_type)));
+  p.output = time.flat_sequence(add(make_sequence(time.shape({p.L * p.P}))), p.P);
+  p.h_n = add(make({p.L, p.B, p.P})).data_ptr();
+  if (cell.has_c) p.c_n = add(make({p.L, p.B, p.H})).data_ptr();
+  if (want_cells) p.cells = time.sequence(add(make_sequence(time.shape({p.L, p.H}), c_type)));
   if (save) {
     const auto reserve = [&](int64_t values, ScalarType type) {
       return blocked_reserve(
@@ -449,7 +564,7 @@ TensorList forward(const CellTraits& cell, const Tensor& input, const TensorList
     };
     if (cell.saved > 0) p.reserve = reserve(cell.saved, dtype);
     if (cell.has_c) p.saved_cells = reserve(1, c_type);
-    if (p.projected) p.unprojected = sequence(add(make({p.T, p.B, p.L, p.H})));
+    if (p.projected) p.unprojected = time.sequence(add(make(time.shape({p.L, p.H}))));
   }
   if (p.B > 0) run(cell, p, arguments.input);
   return results;
@@ -458,26 +573,27 @@ TensorList forward(const CellTraits& cell, const Tensor& input, const TensorList
 TensorList backward(const CellTraits& cell, OptionalTensor grad_output, OptionalTensor grad_h_n,
                     OptionalTensor grad_c_n, OptionalTensor grad_cells, const Tensor& input,
                     const TensorList& states, const TensorList& weights, bool has_biases,
-                    const OptionalTensor& lengths, const OptionalTensor& resets, int64_t lanes,
-                    int64_t directions, Tensor output, TensorList saved, bool need_input,
-                    bool need_states, bool need_weights) {
+                    const OptionalTensor& lengths, const OptionalTensor& batch_sizes,
+                    const OptionalTensor& resets, int64_t lanes, int64_t directions, Tensor output,
+                    TensorList saved, bool need_input, bool need_states, bool need_weights) {
   LayerBackwardParams p{};
-  const LayerArguments arguments(cell, input, states, weights, has_biases, lengths, resets, lanes,
-                                 directions, p);
+  const LayerArguments arguments(cell, input, states, weights, has_biases, lengths, batch_sizes,
+                                 resets, lanes, directions, p);
+  const Time& time = arguments.time;
   const Tensor& like = arguments.input;
   const ScalarType dtype = like.scalar_type(), c_type = compute_type(dtype);
-  const auto check = [&](const char* name, const Tensor& tensor, ScalarType type,
-                         std::initializer_list<int64_t> shape, const char* letters) {
+  const auto check_sequence = [&](const char* name, const Tensor& tensor, ScalarType type,
+                                  std::initializer_list<int64_t> tail, const char* letters) {
     check_like(name, tensor, like, type);
-    check_shape(name, tensor, shape, letters);
+    time.check(name, tensor, tail, letters);
   };
   check_no_c(cell, "grad_c_n", grad_c_n);
   check_no_c(cell, "grad_cells", grad_cells);
   check_state("grad_h_n", grad_h_n, like, p.L, p.B, p.P, "(L, B, P)");
   check_state("grad_c_n", grad_c_n, like, p.L, p.B, p.H, "(L, B, H)");
-  if (grad_output) check("grad_output", *grad_output, dtype, {p.T, p.B, p.L * p.P}, "(T, B, L*P)");
-  if (grad_cells) check("grad_cells", *grad_cells, c_type, {p.T, p.B, p.L, p.H}, "(T, B, L, H)");
-  check("output", output, dtype, {p.T, p.B, p.L * p.P}, "(T, B, L*P)");
+  if (grad_output) check_sequence("grad_output", *grad_output, dtype, {p.L * p.P}, "L*P");
+  if (grad_cells) check_sequence("grad_cells", *grad_cells, c_type, {p.L, p.H}, "L, H");
+  check_sequence("output", output, dtype, {p.L * p.P}, "L*P");
 
   const size_t saved_count = (cell.saved > 0) + cell.has_c + p.projected;
   STD_TORCH_CHECK(saved.size() == saved_count, "Expected saved of ", saved_count, " tensors, got ",
@@ -485,15 +601,16 @@ TensorList backward(const CellTraits& cell, OptionalTensor grad_output, Optional
   for (Tensor& tensor : saved) tensor = with_contiguous_units(tensor);
   auto next_saved = saved.begin();
   const auto take_reserve = [&](const char* name, int64_t values, ScalarType type) {
-    check(name, *next_saved, type, {p.T, p.L, reserve_blocks(p.H), p.B, values, Reserve::block},
-          "(T, L, H/16, B, S, 16)");
+    check_like(name, *next_saved, like, type);
+    check_shape(name, *next_saved, {p.T, p.L, reserve_blocks(p.H), p.B, values, Reserve::block},
+                "(T, L, H/16, B, S, 16)");
     return blocked_reserve(*next_saved++);
   };
   if (cell.saved > 0) p.reserve = take_reserve("reserve", cell.saved, dtype);
   if (cell.has_c) p.saved_cells = take_reserve("saved_cells", 1, c_type);
   if (p.projected) {
-    check("unprojected", *next_saved, dtype, {p.T, p.B, p.L, p.H}, "(T, B, L, H)");
-    p.unprojected = sequence(*next_saved);
+    check_sequence("unprojected", *next_saved, dtype, {p.L, p.H}, "L, H");
+    p.unprojected = time.sequence(*next_saved);
   }
 
   grad_output = with_contiguous_units(grad_output);
@@ -501,14 +618,14 @@ TensorList backward(const CellTraits& cell, OptionalTensor grad_output, Optional
   grad_h_n = as_contiguous(grad_h_n);
   grad_c_n = as_contiguous(grad_c_n);
   output = with_contiguous_units(output);
-  if (grad_output) p.grad_output = flat_sequence(*grad_output, p.P);
-  p.grad_cells = sequence(grad_cells);
+  if (grad_output) p.grad_output = time.flat_sequence(*grad_output, p.P);
+  if (grad_cells) p.grad_cells = time.sequence(*grad_cells);
   p.grad_h_n = pointer(grad_h_n);
   p.grad_c_n = pointer(grad_c_n);
-  p.output = flat_sequence(output, p.P);
+  p.output = time.flat_sequence(output, p.P);
 
-  const Results make{like, p.lengths != nullptr};
-  const Results make_state{like, false};
+  const Results make{like, false};
+  const Results make_sequence{like, arguments.has_padding()};
   const Results make_weight{like, p.T * p.B == 0};  // nothing to sum
   TensorList results;
   results.reserve(3 + arguments.weights.size());
@@ -516,12 +633,12 @@ TensorList backward(const CellTraits& cell, OptionalTensor grad_output, Optional
     return results.emplace_back(std::move(tensor)).data_ptr();
   };
   if (need_input) {
-    add(make({p.T, p.B, p.I}));
-    p.d_input = flat_sequence(results.back(), 0);
+    add(make_sequence(time.shape({p.I})));
+    p.d_input = time.flat_sequence(results.back(), 0);
   }
   if (need_states) {
-    p.d_hx = add(make_state({p.L, p.B, p.P}));
-    if (cell.has_c) p.d_cx = add(make_state({p.L, p.B, p.H}));
+    p.d_hx = add(make({p.L, p.B, p.P}));
+    if (cell.has_c) p.d_cx = add(make({p.L, p.B, p.H}));
   }
   std::vector<LaneWeights<void*>> d_weights;
   if (need_weights) {
@@ -857,24 +974,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> additive_attention_backward(
 }
 
 // Plain functions for each cell: TORCH_BOX does not instantiate templates.
-#define FUSED_RNN_LAYER(name, cell)                                                              \
-  TensorList name##_forward(const Tensor& input, const TensorList& states,                       \
-                            const TensorList& weights, bool has_biases,                          \
-                            const OptionalTensor& lengths, const OptionalTensor& resets,         \
-                            int64_t lanes, int64_t directions, bool save, bool want_cells) {     \
-    return forward(traits(CellIndex::name), input, states, weights, has_biases, lengths, resets, \
-                   lanes, directions, save, want_cells);                                         \
-  }                                                                                              \
-  TensorList name##_backward(                                                                    \
-      const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,                         \
-      const OptionalTensor& grad_c_n, const OptionalTensor& grad_cells, const Tensor& input,     \
-      const TensorList& states, const TensorList& weights, bool has_biases,                      \
-      const OptionalTensor& lengths, const OptionalTensor& resets, int64_t lanes,                \
-      int64_t directions, const Tensor& output, const TensorList& saved, bool need_input,        \
-      bool need_states, bool need_weights) {                                                     \
-    return backward(traits(CellIndex::name), grad_output, grad_h_n, grad_c_n, grad_cells, input, \
-                    states, weights, has_biases, lengths, resets, lanes, directions, output,     \
-                    saved, need_input, need_states, need_weights);                               \
+#define FUSED_RNN_LAYER(name, cell)                                                               \
+  TensorList name##_forward(const Tensor& input, const TensorList& states,                        \
+                            const TensorList& weights, bool has_biases,                           \
+                            const OptionalTensor& lengths, const OptionalTensor& batch_sizes,     \
+                            const OptionalTensor& resets, int64_t lanes, int64_t directions,      \
+                            bool save, bool want_cells) {                                         \
+    return forward(traits(CellIndex::name), input, states, weights, has_biases, lengths,          \
+                   batch_sizes, resets, lanes, directions, save, want_cells);                     \
+  }                                                                                               \
+  TensorList name##_backward(                                                                     \
+      const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,                          \
+      const OptionalTensor& grad_c_n, const OptionalTensor& grad_cells, const Tensor& input,      \
+      const TensorList& states, const TensorList& weights, bool has_biases,                       \
+      const OptionalTensor& lengths, const OptionalTensor& batch_sizes,                           \
+      const OptionalTensor& resets, int64_t lanes, int64_t directions, const Tensor& output,      \
+      const TensorList& saved, bool need_input, bool need_states, bool need_weights) {            \
+    return backward(traits(CellIndex::name), grad_output, grad_h_n, grad_c_n, grad_cells, input,  \
+                    states, weights, has_biases, lengths, batch_sizes, resets, lanes, directions, \
+                    output, saved, need_input, need_states, need_weights);                        \
   }
 FUSED_RNN_FOR_EACH_CELL(FUSED_RNN_LAYER)
 
@@ -907,14 +1025,21 @@ FUSED_RNN_FOR_EACH_CELL(FUSED_RNN_RECURRENCE)
 // wanted, and if `save` what backward takes as `saved`: the reserve unless the cell has none, for lstm
 // the cells again, unprojected if there is a projection. Backward returns d_input, the gradients of
 // states and those of weights, each if needed.
+//
+// With batch_sizes (T), on the CPU, sequences are those of torch's PackedSequence: of every (T, B, ...)
+// above only the rows that exist, (N, ...). B is the first of batch_sizes. Steps that do not exist are
+// zero in output, cells and d_input, and anything in what is saved.
 constexpr const char* forward_schema =
     "_forward(Tensor input, Tensor[] states, Tensor[] weights, bool has_biases, Tensor? lengths, "
-    "Tensor? resets, int lanes, int directions, bool save, bool want_cells) -> Tensor[]";
+    "Tensor? batch_sizes, Tensor? resets, int lanes, int directions, bool save, bool want_cells) "
+    "-> "
+    "Tensor[]";
 constexpr const char* backward_schema =
     "_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor? grad_cells, "
     "Tensor input, Tensor[] states, Tensor[] weights, bool has_biases, Tensor? lengths, "
-    "Tensor? resets, int lanes, int directions, Tensor output, Tensor[] saved, bool need_input, "
-    "bool need_states, bool need_weights) -> Tensor[]";
+    "Tensor? batch_sizes, Tensor? resets, int lanes, int directions, Tensor output, Tensor[] "
+    "saved, "
+    "bool need_input, bool need_states, bool need_weights) -> Tensor[]";
 
 // What CUDA has in C++: fused_rnn/composed.py makes a layer of it. Absent results have shape (0,).
 constexpr const char* recurrence_forward_schema =

@@ -5,8 +5,8 @@
 // type c is float for half types and s otherwise. Lanes are independent recurrences with weights of
 // their own; lane l runs backwards in time when directions == 2 and l is odd.
 //
-// No pointer aliases another. Optional pointers are null when absent. Where `lengths` are given, the
-// caller has zeroed every (T, ...) result: engines write only steps that exist.
+// No pointer aliases another. Optional pointers are null when absent. Where `lengths` are given, engines
+// write, and read, only steps that exist; the caller has zeroed what others will see.
 #pragma once
 
 #include <cstdint>
@@ -17,14 +17,18 @@ namespace fused_rnn {
 
 enum class DType : int { float32, float64, bfloat16, float16 };
 
-// A (T, B, L, n) tensor whose last dimension is contiguous; strides in elements.
+// A (T, B, L, n) tensor whose last dimension is contiguous; strides in elements. Or a packed one, as
+// torch's PackedSequence: (rows, L, n), where rows_before[t] rows belong to the timesteps before t, and
+// the batch rows that take part in a timestep are its first ones.
 struct Sequence {
   void* data;
   int64_t stride_t, stride_b, stride_l;
+  const int64_t* rows_before;  // (T), or null
 
   template <class S>
   HOST_DEVICE S* at(int64_t t, int64_t b, int64_t lane) const {
-    return static_cast<S*>(data) + t * stride_t + b * stride_b + lane * stride_l;
+    const int64_t before = rows_before ? rows_before[t] * stride_b : t * stride_t;
+    return static_cast<S*>(data) + before + b * stride_b + lane * stride_l;
   }
   explicit operator bool() const { return data != nullptr; }
 };

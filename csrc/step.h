@@ -83,8 +83,9 @@ HOST_DEVICE void emit_hidden(const ForwardParams& p, const RowStep& row, int64_t
                              V h, HiddenState* h_state) {
   S* output = p.output.at<S>(row.t, row.b, row.lane) + unit;
   Memory<V>::store(h, output, n);
-  // Read back what was stored: the recurrence continues from the h that the caller sees.
-  const V rounded = Memory<V>::load(output, n);
+  // The recurrence continues from the h that the caller sees.
+  V rounded = h;
+  if constexpr (sizeof(S) < sizeof(Compute<S>)) rounded = Memory<V>::load(output, n);
   Memory<V>::store(row.next_resets ? V(0) : rounded, h_state, n);
   if (row.last) Memory<V>::store(h, state_at<S>(p.h_n, p.B, p.P, row.lane, row.b) + unit, n);
 }

@@ -23,6 +23,7 @@ def run_layer(
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
     want_cells: bool = False,
+    batch_sizes: Tensor | None = None,
 ) -> Sequence[Tensor]:
     """Runs one layer, all directions in one op call.
 
@@ -35,6 +36,8 @@ def run_layer(
         lanes: directions D, 1 or 2; the second runs backwards in time.
         lengths: (B,) int64 on input's device. resets: (T, B) bool on input's device.
         want_cells: whether the states c of every step are wanted (lstm).
+        batch_sizes: (T,) int64, on the CPU only and in place of lengths. Then input (N, I), output
+            and cells are packed, as the data of torch's PackedSequence.
 
     Returns:
         output (T, B, D * P), h_n (D, B, P), for lstm c_n (D, B, H), and the cells (T, B, D, H) in
@@ -44,13 +47,14 @@ def run_layer(
         input.requires_grad or any([t.requires_grad for t in (*weights, *states)])
     ):
         results = _apply_layer(
-            cell, has_biases, lanes, want_cells, len(states), lengths, resets, input, *states,
-            *weights,
+            cell, has_biases, lanes, want_cells, len(states), lengths, batch_sizes, resets, input,
+            *states, *weights,
         )  # fmt: skip
         return results[: _wanted_results(cell, want_cells)]
     return ops.forward_op(cell)(
-        input, states, weights, has_biases, lengths, resets, lanes, lanes, False, want_cells
-    )
+        input, states, weights, has_biases, lengths, batch_sizes, resets, lanes, lanes, False,
+        want_cells,
+    )  # fmt: skip
 
 
 def _wanted_results(cell: str, want_cells: bool) -> int:
@@ -59,8 +63,8 @@ def _wanted_results(cell: str, want_cells: bool) -> int:
 
 
 class Layer(torch.autograd.Function):
-    """(cell, has_biases, lanes, want_cells, number of states, lengths, resets, input, *states,
-    *weights) to the results of ``{cell}_forward``."""
+    """(cell, has_biases, lanes, want_cells, number of states, lengths, batch_sizes, resets, input,
+    *states, *weights) to the results of ``{cell}_forward``."""
 
     @staticmethod
     def forward(
@@ -70,6 +74,7 @@ class Layer(torch.autograd.Function):
         want_cells: bool,
         state_count: int,
         lengths: Tensor | None,
+        batch_sizes: Tensor | None,
         resets: Tensor | None,
         input: Tensor,
         *tensors: Tensor,
@@ -77,9 +82,10 @@ class Layer(torch.autograd.Function):
         states, weights = tensors[:state_count], tensors[state_count:]
         return tuple(
             ops.forward_op(cell)(
-                input, states, weights, has_biases, lengths, resets, lanes, lanes, True, want_cells
+                input, states, weights, has_biases, lengths, batch_sizes, resets, lanes, lanes,
+                True, want_cells,
             )
-        )
+        )  # fmt: skip
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -94,7 +100,7 @@ class Layer(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         output, *tensors = ctx.saved_tensors
         saved, tensors = tensors[: ctx.saved_count], tensors[ctx.saved_count :]
-        lengths, resets, input, *tensors = tensors
+        lengths, batch_sizes, resets, input, *tensors = tensors
         states, weights = tensors[: ctx.state_count], tensors[ctx.state_count :]
         # Compiled graphs hand over gradients even for outputs marked as having none.
         has_c, want_cells = ops.CELLS[ctx.cell].has_c, ctx.want_cells
@@ -105,17 +111,19 @@ class Layer(torch.autograd.Function):
         if all(grad is None for grad in given):
             return (None,) * len(ctx.needs_input_grad)
         if torch.is_grad_enabled():
-            return _differentiable_backward(ctx, given, input, states, weights, lengths, resets)
-        need_input, *needs = ctx.needs_input_grad[7:]
+            return _differentiable_backward(
+                ctx, given, input, states, weights, lengths, batch_sizes, resets
+            )
+        need_input, *needs = ctx.needs_input_grad[8:]
         need_states, need_weights = any(needs[: len(states)]), any(needs[len(states) :])
         found = ops.backward_op(ctx.cell)(
-            *given, input, states, weights, ctx.has_biases, lengths, resets, ctx.lanes, ctx.lanes,
-            output, saved, need_input, need_states, need_weights,
+            *given, input, states, weights, ctx.has_biases, lengths, batch_sizes, resets, ctx.lanes,
+            ctx.lanes, output, saved, need_input, need_states, need_weights,
         )  # fmt: skip
         begin = int(need_input)
         end = begin + (len(states) if need_states else 0)
         return (
-            *(None,) * 7,
+            *(None,) * 8,
             found[0] if need_input else None,
             *(found[begin:end] or (None,) * len(states)),
             *(found[end:] or (None,) * len(weights)),
@@ -143,16 +151,23 @@ def _differentiable_backward(
     states: Sequence[Tensor],
     weights: Sequence[Tensor],
     lengths: Tensor | None,
+    batch_sizes: Tensor | None,
     resets: Tensor | None,
 ) -> tuple[Any, ...]:
     """The gradient under ``create_graph=True``: through the reference, which has one itself."""
     traits = ops.CELLS[ctx.cell]
+    exists = None  # (T, B): the steps that a packed sequence holds, in its order
+    if batch_sizes is not None:
+        exists = torch.arange(int(batch_sizes[0])) < batch_sizes.unsqueeze(1)
+        lengths = exists.sum(0)
     with torch.enable_grad():
         # Aliases, so that the gradient stops at this layer's inputs even where one of them was
         # computed from another.
         aliases = [t.view_as(t) for t in (input, *states, *weights)]
         # In the compute dtype, as the kernels: half types would lose what they keep between steps.
         x, *tensors = (t.to(ops.compute_dtype(t.dtype)) for t in aliases)
+        if exists is not None:
+            x = x.new_zeros((*exists.shape, x.shape[1])).masked_scatter(exists.unsqueeze(2), x)
         lanes = _lanes(tensors[len(states) :], ctx.has_biases, ctx.lanes)
         rows, width = lanes[0].weight_hh.shape
         zeros = [x.new_zeros((ctx.lanes, x.shape[1], n)) for n in (width, rows // traits.gates)]
@@ -161,12 +176,14 @@ def _differentiable_backward(
             traits.name, x, hx, cx if traits.has_c else None, lanes, lengths, resets
         )
         output, h_n, c_n, cells = results
-        results = (output.flatten(2), h_n, c_n, cells)
+        if exists is not None:
+            output, cells = output[exists], None if cells is None else cells[exists]
+        results = (output.flatten(-2), h_n, c_n, cells)
         pairs = [
             (r, g.to(r.dtype)) for r, g in zip(results, grads, strict=True)
             if r is not None and g is not None and r.requires_grad
         ]  # fmt: skip
-        needs = ctx.needs_input_grad[7:]
+        needs = ctx.needs_input_grad[8:]
         wanted = [t for t, need in zip(aliases, needs, strict=True) if need]
         found = iter(
             torch.autograd.grad(
@@ -174,7 +191,7 @@ def _differentiable_backward(
                 create_graph=True, allow_unused=True,
             )
         )  # fmt: skip
-    return (*(None,) * 7, *(next(found) if need else None for need in needs))
+    return (*(None,) * 8, *(next(found) if need else None for need in needs))
 
 
 def _lanes(weights: Sequence[Tensor], has_biases: bool, lanes: int) -> list[Weights]:

@@ -30,6 +30,7 @@ def forward(
     weights: Sequence[Tensor],
     has_biases: bool,
     lengths: Tensor | None,
+    batch_sizes: Tensor | None,
     resets: Tensor | None,
     lanes: int,
     directions: int,
@@ -40,6 +41,7 @@ def forward(
 
     What is saved has other shapes than on the CPU: reserve (T, B, L, S*H), cells (T, B, L, H).
     """
+    _refuse_packed(batch_sizes)
     weight_ih, weight_hh, bias_ih, bias_hh, weight_hr = _by_kind(weights, has_biases, lanes)
     hh = _stack(weight_hh)
     T, B, _ = input.shape
@@ -73,6 +75,7 @@ def backward(
     weights: Sequence[Tensor],
     has_biases: bool,
     lengths: Tensor | None,
+    batch_sizes: Tensor | None,
     resets: Tensor | None,
     lanes: int,
     directions: int,
@@ -83,6 +86,7 @@ def backward(
     need_weights: bool,
 ) -> list[Tensor]:
     """``{cell}_backward`` by ``{cell}_recurrence_backward``."""
+    _refuse_packed(batch_sizes)
     weight_ih, weight_hh, _, _, weight_hr = _by_kind(weights, has_biases, lanes)
     T, B, I = input.shape  # noqa: E741
     output = output.unflatten(2, (lanes, -1))
@@ -126,6 +130,11 @@ def backward(
             m = unprojected[:, :, lane].reshape(T * B, unprojected.shape[-1])
             results.append(d_projected.t() @ m)
     return results
+
+
+def _refuse_packed(batch_sizes: Tensor | None) -> None:
+    if batch_sizes is not None:
+        raise RuntimeError("Expected batch_sizes to be None: only the CPU takes packed sequences")
 
 
 def _by_kind(

@@ -228,14 +228,19 @@ def run(
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
     return_cells: bool = False,
+    batch_sizes: Tensor | None = None,
 ) -> Sequence[Tensor]:
     """What ``rnn``, ``gru`` and ``lstm`` do, for any ``cell`` in ``ops.CELLS``.
 
     ``states`` are hx and, for lstm, cx, or none for zeros. Returns output, h_n, for lstm c_n, and
     the cells of the last layer if asked for.
+
+    With ``batch_sizes`` sequences are the data of a PackedSequence, (N, I) and so on, and resets
+    are (T, B). That is for those inputs that ``takes_packed`` says yes to.
     """
-    if input.dim() != 3:
-        raise RuntimeError(f"input must have 3 dimensions, got {input.dim()}")
+    dims = 3 if batch_sizes is None else 2
+    if input.dim() != dims:
+        raise RuntimeError(f"input must have {dims} dimensions, got {input.dim()}")
     given = None
     if torch._C._is_any_autocast_enabled():
         given = (states[0] if states else input).dtype
@@ -243,34 +248,34 @@ def run(
         input, states, params = cast(input), [*map(cast, states)], [*map(cast, params)]
     if batch_first:
         input = input.transpose(0, 1)
-    T, B, _ = input.shape
+    T = (input if batch_sizes is None else batch_sizes).shape[0]
     if T == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     if lengths is not None:
-        lengths = _check_lengths(lengths, input, B, T, "the timesteps of input")
+        lengths = _check_lengths(lengths, input, input.shape[1], T, "the timesteps of input")
     if resets is not None:
-        resets = _check_resets(resets, input, batch_first)
+        resets = _check_resets(resets, T, _batch_size(input, batch_sizes), input, batch_first)
     lanes = 2 if bidirectional else 1
-    if type(input) is Tensor and input.is_cpu and not torch.compiler.is_compiling():
+    if _is_plain_on_cpu(input):
         # The CPU's ops check whatever they are given, but know nothing of layers and their names.
         try:
             results = _layers(
                 cell, input, states, params, has_biases, num_layers, lanes, lengths, resets,
-                dropout if train else 0.0, return_cells,
+                dropout if train else 0.0, return_cells, batch_sizes,
             )  # fmt: skip
         except RuntimeError:
-            _check(cell, input, states, params, has_biases, num_layers, lanes)
+            _check(cell, input, states, params, has_biases, num_layers, lanes, batch_sizes)
             raise
     else:
-        _check(cell, input, states, params, has_biases, num_layers, lanes)
+        _check(cell, input, states, params, has_biases, num_layers, lanes, batch_sizes)
         results = _layers(
             cell, input, states, params, has_biases, num_layers, lanes, lengths, resets,
-            dropout if train else 0.0, return_cells,
+            dropout if train else 0.0, return_cells, batch_sizes,
         )  # fmt: skip
     if batch_first or return_cells or given is not None:
         output, *final = results
         if return_cells:
-            cells = final[2].to(output.dtype).flatten(2)
+            cells = final[2].to(output.dtype).flatten(-2)
             final[2] = cells.transpose(0, 1) if batch_first else cells
         if batch_first:
             output = output.transpose(0, 1)
@@ -280,6 +285,18 @@ def run(
             output, final = output.to(given), [final[0].to(given)]
         return output, *final
     return results
+
+
+def takes_packed(data: Tensor) -> bool:
+    """Whether ``run`` takes a PackedSequence of this data with its ``batch_sizes``.
+
+    B is among their values, so that where values are not known, sequences must be padded.
+    """
+    return _is_plain_on_cpu(data)
+
+
+def _is_plain_on_cpu(tensor: Tensor) -> bool:
+    return type(tensor) is Tensor and tensor.is_cpu and not torch.compiler.is_compiling()
 
 
 def _layers(
@@ -294,15 +311,16 @@ def _layers(
     resets: Tensor | None,
     dropout: float,
     want_cells: bool,
+    batch_sizes: Tensor | None,
 ) -> Sequence[Tensor]:
     """``run_layer`` for layers over each other; the cells are those of the last."""
     if num_layers == 1:
         return run_layer(
-            cell, input, states, params, has_biases, lanes, lengths, resets, want_cells
+            cell, input, states, params, has_biases, lanes, lengths, resets, want_cells, batch_sizes
         )
     # What no single layer could see.
     each = _params_per_lane(params, has_biases, num_layers, lanes) * lanes
-    _check_states(cell, states, params, num_layers * lanes, input.shape[1])
+    _check_states(cell, input, states, params, num_layers * lanes, batch_sizes)
     finals: list[Sequence[Tensor]] = []
     cells: Sequence[Tensor] = ()
     for k in range(num_layers):
@@ -310,7 +328,7 @@ def _layers(
         input, *final = run_layer(
             cell, input, [s[k * lanes : (k + 1) * lanes] for s in states],
             params[k * each : (k + 1) * each], has_biases, lanes, lengths, resets,
-            want_cells and last,
+            want_cells and last, batch_sizes,
         )  # fmt: skip
         if last and want_cells:
             *final, cells = *final[:-1], final[-1:]
@@ -318,6 +336,10 @@ def _layers(
             input = F.dropout(input, dropout, training=True)
         finals.append(final)
     return [input, *(torch.cat(state) for state in zip(*finals, strict=True)), *cells]
+
+
+def _batch_size(input: Tensor, batch_sizes: Tensor | None) -> int:
+    return input.shape[1] if batch_sizes is None else int(batch_sizes[0])
 
 
 def _params_per_lane(
@@ -359,6 +381,7 @@ def _check(
     has_biases: bool,
     num_layers: int,
     lanes: int,
+    batch_sizes: Tensor | None,
 ) -> None:
     """Names the weight or state whose shape, dtype or device does not fit."""
     each = _params_per_lane(params, has_biases, num_layers, lanes)
@@ -372,7 +395,7 @@ def _check(
     for i, tensor in enumerate(params):
         lane, kind = divmod(i, each)
         k, direction = divmod(lane, lanes)
-        width = input.shape[2] if k == 0 else P * lanes
+        width = input.shape[-1] if k == 0 else P * lanes
         shapes = [(gates * H, width), (gates * H, P)] + [(gates * H,)] * 2 * has_biases + [(P, H)]
         shape = shapes[kind]
         if tensor.shape == shape and tensor.dtype == dtype and tensor.device == device:
@@ -383,12 +406,20 @@ def _check(
             f"dtype {dtype} on its device {device}, got {tuple(tensor.shape)} in {tensor.dtype} on "
             f"{tensor.device}"
         ) from None
-    _check_states(cell, states, params, num_layers * lanes, input.shape[1])
+    _check_states(cell, input, states, params, num_layers * lanes, batch_sizes)
 
 
 def _check_states(
-    cell: str, states: Sequence[Tensor], params: Sequence[Tensor], count: int, B: int
+    cell: str,
+    input: Tensor,
+    states: Sequence[Tensor],
+    params: Sequence[Tensor],
+    count: int,
+    batch_sizes: Tensor | None,
 ) -> None:
+    if not states:
+        return
+    B = _batch_size(input, batch_sizes)
     weight_hh = params[1]
     rows, width = weight_hh.shape
     for name, state, n in zip(
@@ -439,11 +470,8 @@ def _check_lengths(
     return lengths.to(device=like.device, dtype=torch.int64, non_blocking=True)
 
 
-def _check_resets(resets: Tensor | None, input: Tensor, batch_first: bool) -> Tensor | None:
+def _check_resets(resets: Tensor, T: int, B: int, input: Tensor, batch_first: bool) -> Tensor:
     """Time-major resets on input's device."""
-    if resets is None:
-        return None
-    T, B, _ = input.shape
     expect_tensor("resets", resets, (B, T) if batch_first else (T, B), input)
     if resets.dtype != torch.bool:
         raise RuntimeError(f"Expected resets of dtype torch.bool, got {resets.dtype}")

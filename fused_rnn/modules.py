@@ -102,17 +102,18 @@ class _Layer(RNNBase):
             if resets is not None:
                 resets = resets.index_select(1, sorted_indices)
         self._check(data, states, batch_sizes)
-        padded, lengths = pad_packed_sequence(PackedSequence(data, batch_sizes))
-        sequences, final = self._call(padded, states, False, lengths, resets, **options)
-        packed = [
-            PackedSequence(
-                pack_padded_sequence(s, lengths).data, batch_sizes, sorted_indices, unsorted_indices
+        if functional.takes_packed(data):
+            sequences, final = self._call(
+                data, states, False, None, resets, batch_sizes=batch_sizes, **options
             )
-            for s in sequences
-        ]
+        else:
+            padded, lengths = pad_packed_sequence(PackedSequence(data, batch_sizes))
+            sequences, final = self._call(padded, states, False, lengths, resets, **options)
+            sequences = [pack_padded_sequence(s, lengths).data for s in sequences]
         if unsorted_indices is not None:
             final = tuple(s.index_select(1, unsorted_indices) for s in final)
-        return list(packed), self._pack_states(final)
+        indices = (batch_sizes, sorted_indices, unsorted_indices)
+        return [PackedSequence(s, *indices) for s in sequences], self._pack_states(final)
 
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
         # As torch.nn's, which asks _flat_weights for the dtype; functional_call leaves that behind.

@@ -64,6 +64,19 @@ def _check_devices(input: Tensor, *others: Tensor) -> None:
             )
 
 
+def _time(input: Tensor, states: Sequence[Tensor], batch_sizes: Tensor | None) -> tuple[int, int]:
+    """T and B; B is among the values of ``batch_sizes``, and may have to stay unknown."""
+    if batch_sizes is None:
+        T, B, _ = input.shape
+        return T, B
+    if batch_sizes.device.type != "cpu":
+        raise RuntimeError(f"Expected batch_sizes on the CPU, got {batch_sizes.device}")
+    T = batch_sizes.shape[0]
+    if states:
+        return T, states[0].shape[1]
+    return T, torch.library.get_ctx().new_dynamic_size()  # type: ignore[return-value]
+
+
 def _register_fakes(cell: CellTraits) -> None:
     def forward(
         input: Tensor,
@@ -71,6 +84,7 @@ def _register_fakes(cell: CellTraits) -> None:
         weights: Sequence[Tensor],
         has_biases: bool,
         lengths: Tensor | None,
+        batch_sizes: Tensor | None,
         resets: Tensor | None,
         lanes: int,
         directions: int,
@@ -78,7 +92,8 @@ def _register_fakes(cell: CellTraits) -> None:
         want_cells: bool,
     ) -> list[Tensor]:
         _check_devices(input, *states, *weights)
-        T, B, _ = input.shape
+        T, B = _time(input, states, batch_sizes)
+        rows = input.shape[:-1]  # (T, B) or, packed, (N,)
         H, P = weights[1].shape[0] // cell.gates, weights[1].shape[1]
         projected = len(weights) // lanes > (4 if has_biases else 2)
         new = input.new_empty
@@ -90,15 +105,15 @@ def _register_fakes(cell: CellTraits) -> None:
             blocks = -(-H // RESERVE_BLOCK)
             return new((T, lanes, blocks, B, values, RESERVE_BLOCK), dtype=dtype)
 
-        results = [new((T, B, lanes * P)), new((lanes, B, P))]
+        results = [new((*rows, lanes * P)), new((lanes, B, P))]
         if cell.has_c:
             results.append(new((lanes, B, H)))
         if want_cells:
-            results.append(new((T, B, lanes, H), dtype=c_dtype))
+            results.append(new((*rows, lanes, H), dtype=c_dtype))
         if save:
             results += [reserve(cell.saved, input.dtype)] if cell.saved else []
             results += [reserve(1, c_dtype)] if cell.has_c else []
-            results += [new((T, B, lanes, H))] if projected else []
+            results += [new((*rows, lanes, H))] if projected else []
         return results
 
     def backward(
@@ -111,6 +126,7 @@ def _register_fakes(cell: CellTraits) -> None:
         weights: Sequence[Tensor],
         has_biases: bool,
         lengths: Tensor | None,
+        batch_sizes: Tensor | None,
         resets: Tensor | None,
         lanes: int,
         directions: int,
@@ -120,7 +136,7 @@ def _register_fakes(cell: CellTraits) -> None:
         need_states: bool,
         need_weights: bool,
     ) -> list[Tensor]:
-        B = input.shape[1]
+        _, B = _time(input, states, batch_sizes)
         H, P = weights[1].shape[0] // cell.gates, weights[1].shape[1]
         shapes: list[tuple[int, ...]] = [tuple(input.shape)] if need_input else []
         if need_states:

@@ -185,14 +185,18 @@ def assert_near(ours: Named, expected: Named) -> None:
     assert_close_like_torch([ours], [expected], [expected])
 
 
-def values_by_unit(saved: Tensor, H: int) -> Tensor:
-    """What the CPU's forward saved, as (T, B, L, S, H); other tensors as they are.
+def values_by_unit(saved: Tensor, H: int, lengths: Tensor | None = None) -> Tensor:
+    """What the CPU's forward saved, as (T, B, L, S, H) or (T, B, L, H); other tensors as they are.
 
-    Without the padding of the last block, which is nobody's and may be NaN.
+    Without the padding of the last block, and with zeros for the steps that do not exist: both are
+    nobody's, and may be NaN.
     """
-    if saved.dim() != 6:
+    if saved.dim() == 6:
+        saved = saved.permute(0, 3, 1, 4, 2, 5).flatten(4)[..., :H]
+    if lengths is None or saved.dim() < 4:
         return saved
-    return saved.permute(0, 3, 1, 4, 2, 5).flatten(4)[..., :H]
+    beyond = reference.beyond(lengths, len(saved))
+    return saved.masked_fill(beyond.view(*beyond.shape, *(1,) * (saved.dim() - 2)), 0)
 
 
 def layer_weights(layer: Any) -> list[list[Weights]]:

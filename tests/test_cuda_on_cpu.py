@@ -371,7 +371,7 @@ def test_composed_layer_obeys_its_schema(cell, lanes):
     given = make_case(cell, 4, 3, 5, lanes, 2 if has_c else 0, True, False, False)
     weights = [t.detach() for lane in given["weights"] for t in lane if t is not None]
     states = [s.detach() for s in (given["hx"], given["cx"]) if s is not None]
-    common = (given["input"].detach(), states, weights, True, None, None, lanes, lanes)
+    common = (given["input"].detach(), states, weights, True, None, None, None, lanes, lanes)
     forward = (*common, True, has_c)
     output, *rest = ops.forward_op(cell)(*forward)
     grads = (torch.ones_like(output), None, None, None)
@@ -381,3 +381,16 @@ def test_composed_layer_obeys_its_schema(cell, lanes):
         torch.library.opcheck(op, args, test_utils="test_schema")
         results = op(*args)
         assert len({t.untyped_storage().data_ptr() for t in results}) == len(results)
+
+
+@pytest.mark.parametrize("cell", GATES)
+def test_composed_layer_refuses_packed_sequences(cell):
+    given = make_case(cell, 1, 3, 5, 1, 0, True, False, False)
+    weights = [t.detach() for t in given["weights"][0] if t is not None]
+    common = ([], weights, True, None, torch.tensor([3]), None, 1, 1)
+    input, output = given["input"][0].detach(), torch.zeros(3, 5, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="batch_sizes"):
+        ops.forward_op(cell)(input, *common, False, False)
+    with pytest.raises(RuntimeError, match="batch_sizes"):
+        grads = (output, None, None, None)
+        ops.backward_op(cell)(*grads, input, *common, output, [], True, False, True)

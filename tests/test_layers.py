@@ -335,13 +335,13 @@ def layer_ops(
     states = [random(L, B, P), random(L, B, H)] if has_c else [random(L, B, P)]
     lengths = torch.arange(B) % (T + 1) if ragged else None
     resets = torch.rand(T, B, generator=generator) < 0.2 if ragged else None
-    common = (random(T, B, I), states, weights, True, lengths, resets, L, L)
+    common = (random(T, B, I), states, weights, True, lengths, None, resets, L, L)
     forward = ops.forward_op(cell)(*common, True, has_c)
     output, *final = forward[: 2 + has_c]
     saved = forward[2 + 2 * has_c :]
     grads = [random(*t.shape) for t in (output, *final)] + [None] * (1 - has_c)
     backward = ops.backward_op(cell)(*grads, None, *common, output, saved, True, True, True)
-    return [*(values_by_unit(t, H) for t in forward), *backward]
+    return [*(values_by_unit(t, H, lengths) for t in forward), *backward]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])

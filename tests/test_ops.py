@@ -11,13 +11,17 @@ import torch
 from helpers import values_by_unit
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from fused_rnn import _C, ops
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CELLS = list(ops.CELLS)
-VARIANTS = ("plain", "two_lanes", "two_directions", "ragged", "bare", "projected")
+VARIANTS = (
+    "plain", "two_lanes", "two_directions", "ragged", "bare", "projected", "packed",
+    "packed_projected",
+)  # fmt: skip
 
 Arguments = dict[str, Any]
 
@@ -35,31 +39,43 @@ def forward_arguments(
 ) -> Arguments:
     """Arguments of ``{cell}_forward`` by name."""
     traits = ops.CELLS[cell]
-    if variant in ("two_lanes", "two_directions", "projected"):
+    packed, projected = variant.startswith("packed"), variant.endswith("projected")
+    if variant in ("two_lanes", "two_directions") or packed or projected:
         L = 2
-    I, P = 6, 2 if variant == "projected" else H  # noqa: E741
+    I, P = 6, 2 if projected else H  # noqa: E741
     rows = traits.gates * H
 
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=dtype, device=device)
 
     bare, ragged = variant == "bare", variant in ("ragged", "projected")
+    batch_sizes = torch.arange(B, B - T, -1).clamp(min=1) if packed else None
     lane = [(rows, I), (rows, P)]
     lane += [] if bare else [(rows,), (rows,)]
-    lane += [(P, H)] if variant == "projected" else []
+    lane += [(P, H)] if projected else []
     states = [(L, B, P), (L, B, H)] if traits.has_c else [(L, B, P)]
     return {
-        "input": random(T, B, I),
+        "input": random(T, B, I) if batch_sizes is None else random(int(batch_sizes.sum()), I),
         "states": [] if bare else [random(*shape) for shape in states],
         "weights": [random(*shape) for shape in lane * L],
         "has_biases": not bare,
         "lengths": (torch.arange(B, device=device) % (T + 1)) if ragged else None,
-        "resets": (torch.rand(T, B) < 0.3).to(device) if ragged else None,
+        "batch_sizes": batch_sizes,
+        "resets": (torch.rand(T, B) < 0.3).to(device) if ragged or packed else None,
         "lanes": L,
-        "directions": 2 if variant in ("two_directions", "projected") else 1,
+        "directions": 2 if variant == "two_directions" or packed or projected else 1,
         "save": not bare,
-        "want_cells": variant == "projected",
+        "want_cells": projected,
     }
+
+
+def exists(batch_sizes: Tensor) -> Tensor:
+    """(T, B) bool: the steps there are, whose order is that of packed rows."""
+    return torch.arange(int(batch_sizes[0])) < batch_sizes.unsqueeze(1)
+
+
+def lengths_of(given: Arguments) -> Tensor | None:
+    return given["lengths"] if given["batch_sizes"] is None else exists(given["batch_sizes"]).sum(0)
 
 
 def saved_names(cell: str, given: Arguments) -> list[str]:
@@ -100,15 +116,28 @@ DIRECTIONS: dict[str, tuple[Callable[[str], Any], Callable[..., Arguments]]] = {
     "forward": (ops.forward_op, forward_arguments),
     "backward": (ops.backward_op, backward_arguments),
 }
-CASES = [(c, v) for c in CELLS for v in VARIANTS if v != "projected" or ops.CELLS[c].has_c]
+CASES = [
+    (c, v) for c in CELLS for v in VARIANTS if not v.endswith("projected") or ops.CELLS[c].has_c
+]
+
+
+@pytest.fixture(autouse=True)
+def _packed_on_cpu(request: pytest.FixtureRequest) -> None:
+    given = getattr(request.node, "callspec", None)
+    params = {} if given is None else given.params
+    if params.get("device") == "cuda" and params.get("variant", "").startswith("packed"):
+        pytest.skip("batch_sizes are for the CPU")
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("cell, variant", CASES)
 def test_opcheck(cell: str, variant: str, direction: str, device: str) -> None:
     op, arguments = DIRECTIONS[direction]
-    # Whole blocks of units: the reserve's padding is nobody's, and need not repeat.
+    # Whole blocks of units, and nothing saved where rows are ragged: the reserve's padding, and its
+    # steps that do not exist, are nobody's, and need not repeat.
     given = arguments(cell, variant, H=16, device=device)
+    if "save" in given and (given["lengths"] is not None or given["batch_sizes"] is not None):
+        given["save"] = False
     torch.library.opcheck(op(cell), (), given)
 
 
@@ -129,6 +158,8 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
 @pytest.mark.parametrize("cell, variant", CASES)
 def test_fake_kernels(cell: str, variant: str, direction: str, sizes: dict[str, int]) -> None:
     op, arguments = DIRECTIONS[direction]
+    if variant.startswith("packed") and 0 in sizes.values():
+        return  # which torch does not pack
     for H, dtype in ((5, torch.float32), (16, torch.bfloat16), (17, torch.float64)):
         given = arguments(cell, variant, H=H, dtype=dtype, **sizes)
         real = op(cell)(**given)
@@ -207,7 +238,7 @@ def test_no_timesteps_from_zeros(cell: str, device: str) -> None:
     assert all((t == 0).all() for t in ops.backward_op(cell)(**given))
 
 
-@pytest.mark.parametrize("cell, variant", CASES)
+@pytest.mark.parametrize("cell, variant", [c for c in CASES if not c[1].startswith("packed")])
 def test_no_rows(cell: str, variant: str, device: str) -> None:
     given = backward_arguments(cell, variant, B=0, device=device)
     assert all((t == 0).all() for t in ops.backward_op(cell)(**given))
@@ -225,8 +256,11 @@ def test_strided_arguments(cell: str, variant: str, device: str) -> None:
         given = arguments(cell, variant, device=device)
         expected = op(cell)(**given)
         found = op(cell)(**{k: map_tensors(elsewhere, v) for k, v in given.items()})
+        lengths = lengths_of(given)
         for a, b in zip(found, expected, strict=True):
-            assert torch.equal(values_by_unit(a, 5), values_by_unit(b, 5))
+            # Packed, only the reserve has steps that do not exist.
+            where = lengths if given["batch_sizes"] is None or a.dim() == 6 else None
+            assert torch.equal(values_by_unit(a, 5, where), values_by_unit(b, 5, where))
 
 
 def names_in(cell: str, field: str, arguments: Arguments) -> list[str]:
@@ -248,6 +282,17 @@ def wrong_tensors(name: str, value: Tensor) -> list[Tensor]:
     return found
 
 
+def wrong_batch_sizes() -> list[Tensor]:
+    """In place of [3, 2, 1, 1]; some sums overflow, and the engine writes where they say."""
+    values = [
+        [3, 1, 2, 1], [3, 2, 2, 0], [3, 2, 3, -1], [3, 2, 1], [3, 2, 2, 1], [7, 0, 0], [0], [-1],
+        [2**62] * 4, [2**63 - 1, 2**63 - 1, 9], [10], [-(2**63), 7],
+    ]  # fmt: skip
+    good = torch.tensor([3, 2, 1, 1])
+    others = [good.int(), good.double(), good.view(2, 2), good[:0], good[0], good.to("meta")]
+    return [*map(torch.tensor, values), *others]
+
+
 def wrong_arguments(cell: str, arguments: Arguments) -> list[tuple[str, str, Any]]:
     """For every argument what must not be accepted: its name, or that in a list, and the value."""
     found: list[tuple[str, str, Any]] = []
@@ -264,6 +309,9 @@ def wrong_arguments(cell: str, arguments: Arguments) -> list[tuple[str, str, Any
         found.append((field, field, [*value, torch.zeros(1)] * 2))
         if value and (field != "states" or len(value) == 2):
             found.append((field, field, value[:-1]))
+    if arguments["batch_sizes"] is not None:
+        found += [("lengths", "lengths", torch.tensor([4, 2, 1]))]
+        found += [("batch_sizes", "batch_sizes", wrong) for wrong in wrong_batch_sizes()]
     T = 4
     found += [("lengths", "lengths", torch.full((3,), T + 1))]
     found += [("lengths", "lengths", torch.tensor([0, -1, 2]))]
@@ -273,10 +321,12 @@ def wrong_arguments(cell: str, arguments: Arguments) -> list[tuple[str, str, Any
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
 @pytest.mark.parametrize("cell", CELLS)
-def test_errors_name_the_argument(cell: str, direction: str) -> None:
+def test_errors_name_the_argument(cell: str, packed: bool, direction: str) -> None:
     op, arguments = DIRECTIONS[direction]
-    given = arguments(cell, "projected" if cell == "lstm" else "ragged")
+    variants = ("projected", "packed_projected") if cell == "lstm" else ("ragged", "packed")
+    given = arguments(cell, variants[packed])
     silent = []
     for name, field, wrong in wrong_arguments(cell, given):
         what = f"{name}={getattr(wrong, 'shape', wrong)} {getattr(wrong, 'dtype', '')}"
@@ -313,6 +363,74 @@ def test_gradients_a_cell_does_not_have_are_refused(cell: str, name: str) -> Non
     shape = (1, 3, 5) if name == "grad_c_n" else (4, 3, 1, 5)
     with pytest.raises(RuntimeError, match=name):
         ops.backward_op(cell)(**(given | {name: torch.zeros(shape)}))
+
+
+def with_padding(value: Tensor | None, where: Tensor) -> Tensor | None:
+    """Packed rows as (T, B, ...), with NaN where there are none."""
+    if value is None:
+        return None
+    padded = value.new_full((*where.shape, *value.shape[1:]), math.nan)
+    padded[where] = value
+    return padded
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("sizes", [{}, {"T": 40, "B": 9, "H": 33}, {"T": 1}, {"B": 1}], ids=str)
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("variant", ["packed", "packed_projected"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_packed_is_lengths_bitwise(
+    cell: str, variant: str, threads: int, sizes: dict[str, int], dtype: torch.dtype
+) -> None:
+    """Results of both ops; what is not there, of input and gradients, is NaN in the padded form."""
+    if variant == "packed_projected" and not ops.CELLS[cell].has_c:
+        return
+    torch.set_num_threads(threads)
+    given = backward_arguments(cell, variant, dtype=dtype, **sizes)
+    where, lengths = exists(given["batch_sizes"]), lengths_of(given)
+    forward_given = {k: given[k] for k in forward_arguments(cell) if k in given}
+    forward_given |= {"save": True, "want_cells": variant == "packed_projected"}
+    padded: Arguments = {"batch_sizes": None, "lengths": lengths}
+    padded["input"] = with_padding(given["input"], where)
+    H = sizes.get("H", 5)
+
+    found, expected = forward(cell, forward_given), forward(cell, forward_given | padded)
+    for name, t in expected.items():
+        if name in ("output", "cells"):
+            assert (t[~where] == 0).all()
+        if name in ("output", "cells", "unprojected"):
+            assert torch.equal(found[name], t[where]), name
+        else:
+            a, b = (values_by_unit(saved, H, lengths) for saved in (found[name], t))
+            assert torch.equal(a, b), name
+
+    padded |= {k: with_padding(given[k], where) for k in ("grad_output", "grad_cells")}
+    padded["output"] = expected["output"]
+    padded["saved"] = [expected[name] for name in saved_names(cell, given)]
+    d_input, *rest = ops.backward_op(cell)(**given)
+    d_padded, *expected_rest = ops.backward_op(cell)(**(given | padded))
+    assert (d_padded[~where] == 0).all()
+    assert torch.equal(d_input, d_padded[where])
+    for a, b in zip(rest, expected_rest, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_fake_of_packed_without_states(cell: str, direction: str) -> None:
+    """How many rows there are is among the values of batch_sizes, which a fake does not have."""
+    op, arguments = DIRECTIONS[direction]
+    given = arguments(cell, "packed") | {"states": []}
+    with FakeTensorMode(shape_env=ShapeEnv()) as mode:
+        fake = op(cell)(**{k: map_tensors(mode.from_tensor, v) for k, v in given.items()})
+    real = op(cell)(**given)
+    rows = len(given["input"])
+    for r, f in zip(real, fake, strict=True):
+        assert (r.dim(), r.dtype) == (f.dim(), f.dtype)
+        for n, m in zip(r.shape, f.shape, strict=True):
+            assert not isinstance(m, int) or n == m
+    assert fake[0].shape == real[0].shape and fake[0].shape[0] == rows
+    assert not isinstance(fake[1].shape[1], int)
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -365,7 +483,7 @@ def test_half_types_round_to_nearest_even(dtype: torch.dtype, H: int, device: st
         input: Tensor, states: list[Tensor], weights: list[Tensor], has_biases: bool
     ) -> Sequence[Tensor]:
         op = ops.forward_op("rnn_relu")
-        return op(input, states, weights, has_biases, None, None, 1, 1, False, False)
+        return op(input, states, weights, has_biases, None, None, None, 1, 1, False, False)
 
     # Sums: the values themselves (0), and ones that need rounding, overflow, or cancel.
     for bias in (0.0, 0.00390625, 1.0, -1.0, 1000.0, torch.finfo(dtype).max, math.inf):
@@ -420,8 +538,8 @@ def test_tanh_is_accurate(dtype: torch.dtype, H: int, device: str) -> None:
     x = grid(dtype)
     weights = [torch.ones(H, 1, dtype=dtype), torch.zeros(H, H, dtype=dtype)]
     found, _ = ops.forward_op("rnn_tanh")(
-        x.to(device).view(1, -1, 1), [], [w.to(device) for w in weights], False, None, None, 1, 1,
-        False, False,
+        x.to(device).view(1, -1, 1), [], [w.to(device) for w in weights], False, None, None, None,
+        1, 1, False, False,
     )  # fmt: skip
     exact = exactly(math.tanh, x)
     for unit in found.cpu().view(-1, H).unbind(1):
@@ -450,7 +568,7 @@ def test_sigmoid_is_accurate(dtype: torch.dtype, gate: int, device: str) -> None
     weight_ih[gate] = 1  # infinity and NaN reach the other gates too, which are not looked at
     weights = [weight_ih, torch.zeros(4, 1, dtype=dtype, device=device)]
     reserve = ops.forward_op("lstm")(
-        x.to(device).view(1, n, 1), [], weights, False, None, None, 1, 1, True, False
+        x.to(device).view(1, n, 1), [], weights, False, None, None, None, 1, 1, True, False
     )[3]
     found = values_by_unit(reserve, 1).reshape(n, 4)[:, gate].cpu()
     exact = exactly(sigmoid, x)

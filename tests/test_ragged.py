@@ -23,6 +23,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
+import fused_rnn
+
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 T, B, I, H = 6, 5, 3, 19  # noqa: E741
@@ -338,6 +340,146 @@ def test_packed_with_resets(
         **more,
     )  # fmt: skip
     assert_near(run(layer, x, hx, call=packed), expected)
+
+
+PACKED_LENGTHS = {True: [6, 5, 3, 2, 1], False: [3, 6, 2, 1, 5]}  # by enforce_sorted
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("enforce_sorted", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("cell", LAYERS)
+def test_packed_is_lengths_bitwise(
+    cell: str, shape: str, enforce_sorted: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Outputs and gradients, without and with states, resets and cells; and nothing is padded."""
+    if shape == "projected" and cell != "lstm":
+        return
+    layer = fused(cell, I, H, **SHAPES[shape], dtype=dtype)
+    lengths = torch.tensor(PACKED_LENGTHS[enforce_sorted])
+    x = dyadic(B, T, I, dtype=dtype) if layer.batch_first else dyadic(T, B, I, dtype=dtype)
+
+    def unpacked(t: Any) -> Any:
+        if not isinstance(t, PackedSequence):
+            return t
+        return torch.nn.utils.rnn.pad_packed_sequence(t, layer.batch_first, total_length=T)[0]
+
+    def packed(input: Tensor, hx: Any, **options: Any) -> tuple[Any, ...]:
+        given = pack_padded_sequence(input, lengths, layer.batch_first, enforce_sorted)
+        # The same values in other places of memory.
+        given = given._replace(data=given.data.repeat_interleave(2, 1)[:, ::2])
+        return tuple(map(unpacked, layer(given, hx, **options)))
+
+    for name in ("pad_packed_sequence", "pack_padded_sequence"):
+        monkeypatch.delattr(fused_rnn.modules, name)
+    resets = torch.rand(*x.shape[:2]) < 0.3
+    all_options: dict[str, Any] = {"resets": resets}
+    all_options |= {"return_cells": True} if cell == "lstm" else {}
+    for hx, options in ((None, {}), (states(layer, B, dtype=dtype), all_options)):
+        expected = run(layer, x, hx, lengths=lengths, **options)
+        assert_equal(run(layer, x, hx, call=packed, **options), expected)
+
+
+@pytest.mark.parametrize("cell", LAYERS)
+def test_packed_dropout_is_that_of_the_data(cell: str) -> None:
+    """As in torch.nn: elements that exist are drawn for, and no others."""
+    layer = fused(cell, I, H, num_layers=2, bidirectional=True, dropout=0.5, dtype=torch.float64)
+    first, last = (
+        fused(cell, width, H, bidirectional=True, dtype=torch.float64) for width in (I, 2 * H)
+    )
+    for k, single in enumerate((first, last)):
+        for name, parameter in single.named_parameters():
+            parameter.data.copy_(getattr(layer, name.replace("l0", f"l{k}")))
+    given = pack_padded_sequence(dyadic(T, B, I), torch.tensor([6, 5, 3, 2, 1]))
+    torch.manual_seed(3)
+    output, final = layer(given)
+    torch.manual_seed(3)
+    between, _ = first(given)
+    dropped = torch.nn.functional.dropout(between.data, 0.5)
+    expected, last_final = last(between._replace(data=dropped))
+    assert torch.equal(output.data, expected.data)
+    for state, single in zip(
+        *(f if cell == "lstm" else (f,) for f in (final, last_final)), strict=True
+    ):
+        assert torch.equal(state[2:], single)
+    torch.manual_seed(4)
+    assert not torch.equal(layer(given)[0].data, output.data)
+    layer.eval()
+    assert not (layer(given)[0].data == output.data).all()
+
+
+@pytest.mark.parametrize("shape", ["plain", "stacked", "projected"])
+@pytest.mark.parametrize("cell", LAYERS)
+def test_packed_double_backward(cell: str, shape: str) -> None:
+    if shape == "projected" and cell != "lstm":
+        return
+    options = {k: min(v, 2) for k, v in SHAPES[shape].items()}
+    layer = fused(cell, 2, 3, **options, dtype=torch.float64)
+    given = pack_padded_sequence(
+        torch.randn(3, 3, 2, dtype=torch.float64), torch.tensor([1, 3, 2]), enforce_sorted=False
+    )
+    resets = torch.tensor([[False] * 3, [False, True, False], [True, False, False]])
+    more = {"return_cells": True} if cell == "lstm" else {}
+    hx = states(layer, 3)
+    # Given as gradients are asked for, and not.
+    first = run(layer, given, hx, resets=resets, **more)
+    assert_near(run(layer, given, hx, resets=resets, create_graph=True, **more), first)
+
+    def function(data: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+        named = dict(zip(dict(layer.named_parameters()), parameters, strict=True))
+        result = torch.func.functional_call(
+            layer, named, (given._replace(data=data), hx), {"resets": resets, **more}
+        )
+        return tuple(named_outputs(result).values())
+
+    at = [t.detach().requires_grad_() for t in (given.data, *layer.parameters())]
+    assert torch.autograd.gradcheck(function, at, fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, at, fast_mode=True)
+
+
+def test_packed_data_of_a_subclass_is_padded() -> None:
+    """What is not a plain tensor takes the way that works without the values of batch_sizes."""
+    layer = fused("lstm", I, H, num_layers=2, bidirectional=True)
+    lengths = torch.tensor([3, 6, 2, 1, 5])
+    given = pack_padded_sequence(torch.randn(T, B, I), lengths, enforce_sorted=False)
+    other = given._replace(data=torch.nn.Parameter(given.data))
+    expected, found = (named_outputs(layer(x, return_cells=True)) for x in (given, other))
+    assert_equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    "batch_sizes, error",
+    [
+        (torch.tensor([2, 3, 1]), RuntimeError),
+        (torch.tensor([3, 2, 0, 1]), RuntimeError),
+        (torch.tensor([3, 2]), RuntimeError),
+        (torch.tensor([3, 3, 2]), RuntimeError),
+        (torch.tensor([3, 2, 1], dtype=torch.int32), RuntimeError),
+        (torch.tensor([[3, 2, 1]]), RuntimeError),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_wrong_batch_sizes_are_named(
+    batch_sizes: Tensor, error: type[Exception], num_layers: int
+) -> None:
+    """torch checks little of what makes a PackedSequence, and the engine writes where it says."""
+    layer = fused("gru", I, H, num_layers=num_layers)
+    with pytest.raises(error, match="batch_sizes"):
+        layer(PackedSequence(torch.randn(6, I), batch_sizes))
+
+
+def test_packed_without_timesteps() -> None:
+    empty = PackedSequence(torch.empty(0, I), torch.empty(0, dtype=torch.int64))
+    with pytest.raises(RuntimeError, match="sequence length to be larger than 0"):
+        fused("gru", I, H)(empty)
+
+
+def test_packed_names_the_weight_that_does_not_fit() -> None:
+    layer = fused("lstm", I, H, num_layers=2)
+    layer.weight_hh_l1 = torch.nn.Parameter(torch.zeros(4 * H, H + 1))
+    with pytest.raises(RuntimeError, match="weight_hh_l1"):
+        layer(pack_padded_sequence(torch.randn(3, 2, I), torch.tensor([3, 1])))
 
 
 def test_packed_input_brings_its_own_lengths() -> None:

@@ -400,11 +400,10 @@ class AttentionForward {
     if (by_rows(p))
       for (int64_t i = 0; i < t.rows; ++i)
         sum_values(t, t.scores + i * t.score_width, sum_of_values, context + i * p.D);
-    for (int64_t panel = 0; panel < values.count; ++panel)
-      values.multiply_units(t.b, panel, t.scores, t.score_width, t.rows, t.reachable(),
-                            [&](int64_t r, int64_t d, int64_t n, V product) {
-                              Memory<V>::store(product, context + r * p.D + d, n);
-                            });
+    values.multiply_units(t.b, Share(values.count, 0, 1), false, {t.scores, t.score_width, t.rows},
+                          t.reachable(), [&](int64_t r, int64_t d, int64_t n, V product) {
+                            Memory<V>::store(product, context + r * p.D + d, n);
+                          });
   }
 
   // context = sum_j weights[j] value_j, the values read once and in order.
@@ -557,11 +556,12 @@ class AttentionBackward {
       const S* from = static_cast<const S*>(p.grad_context) + row0 * p.D;
       for (int64_t i = 0; i < t.rows * p.D; ++i) s.grad_context[i] = C(widen(from[i]));
       if (by_rows(p)) dot_values(s, end);
-      for (int64_t panel = 0; !by_rows(p) && panel * Transposed::units_each < end; ++panel)
-        transposed.multiply_units(t.b, panel, s.grad_context, p.D, t.rows, p.D,
-                                  [&](int64_t r, int64_t j, int64_t, V product) {
-                                    product.store(s.d_scores + r * width + j);
-                                  });
+      const int64_t needed = (end + Transposed::units_each - 1) / Transposed::units_each;
+      transposed.multiply_units(t.b, Share(by_rows(p) ? 0 : needed, 0, 1), false,
+                                {s.grad_context, p.D, t.rows}, p.D,
+                                [&](int64_t r, int64_t j, int64_t, V product) {
+                                  product.store(s.d_scores + r * width + j);
+                                });
       if (!by_rows(p)) add_d_values(s, d_values_of(task), end);
     }
     for (int64_t i = 0; i < t.rows; ++i) {

@@ -212,16 +212,11 @@ class Backward {
   template <class Each>
   HOST_DEVICE void hidden_product(const Part& part, int64_t buffer, int64_t first, int64_t rows,
                                   const Each& each) {
-    const Share panels(hidden_panels.count, part.member, division.members);
-    for (int64_t k = panels.begin; k < panels.end; ++k) {
-      // There and back again, so that the panels used last are still in the cache.
-      const int64_t i = buffer & 1 ? panels.begin + panels.end - 1 - k : k;
-      hidden_panels.multiply_units(part.lane, i, gates_row(buffer, part.lane, first),
-                                   gates_width / E::depth, rows, gate_rows,
-                                   [&](int64_t r, int64_t unit, int64_t n, V product) {
-                                     each(first + r, unit, n, product);
-                                   });
-    }
+    // There and back again, so that the panels used last are still in the cache.
+    hidden_panels.multiply_units(
+        part.lane, Share(hidden_panels.count, part.member, division.members), buffer & 1,
+        {gates_row(buffer, part.lane, first), gates_width / E::depth, rows}, gate_rows,
+        [&](int64_t r, int64_t unit, int64_t n, V product) { each(first + r, unit, n, product); });
   }
 
   void step_phase(const Part& part, int64_t chunk, int64_t phase) {
@@ -258,14 +253,13 @@ class Backward {
     const int64_t lane = part.lane, t = time_of_step(p, lane, p.T - 1 - step);
     const int64_t begin = order.begin(part.block);
     const int64_t rows = order.active_end(part.block, t) - begin;
-    const Share panels(projection_panels.count, part.member, division.members);
-    for (int64_t i = panels.begin; i < panels.end; ++i)
-      projection_panels.multiply_units(
-          lane, i, output_row(lane, begin), d_output_width / E::depth, rows, p.P,
-          [&](int64_t r, int64_t unit, int64_t n, V d_h) {
-            cell_units(row_step(p, lane, order.row(begin + r), t), step, begin + r,
-                       row_of_chunk(part, chunk, t, begin + r), unit, n, d_h);
-          });
+    projection_panels.multiply_units(
+        lane, Share(projection_panels.count, part.member, division.members), false,
+        {output_row(lane, begin), d_output_width / E::depth, rows}, p.P,
+        [&](int64_t r, int64_t unit, int64_t n, V d_h) {
+          cell_units(row_step(p, lane, order.row(begin + r), t), step, begin + r,
+                     row_of_chunk(part, chunk, t, begin + r), unit, n, d_h);
+        });
   }
 
   // Where row i of a block at timestep t stands among the rows of all chunks. Rows have been dealt to
@@ -388,16 +382,16 @@ class Backward {
     const bool by_panels = input_panels.count >= parts;
     const Share panels(input_panels.count, by_panels ? part.index : 0, by_panels ? parts : 1);
     const Share share(rows, by_panels ? 0 : part.index, by_panels ? 1 : parts);
-    for (int64_t i = panels.begin; i < panels.end; ++i)
-      input_panels.multiply_units(
-          lane, i, d_gates + share.begin * gates_width, gates_width / E::depth,
-          share.end - share.begin, gate_rows, [&](int64_t r, int64_t unit, int64_t n, V value) {
-            const Place& at = place[share.begin + r];
-            if (lane == 0)
-              Memory<V>::store(value, p.d_input.at<S>(at.t, at.b, 0) + unit, n);
-            else
-              Memory<V>::store(value, other_d_input(lane, at.t, at.b) + unit, n);
-          });
+    input_panels.multiply_units(
+        lane, panels, false,
+        {d_gates + share.begin * gates_width, gates_width / E::depth, share.end - share.begin},
+        gate_rows, [&](int64_t r, int64_t unit, int64_t n, V value) {
+          const Place& at = place[share.begin + r];
+          if (lane == 0)
+            Memory<V>::store(value, p.d_input.at<S>(at.t, at.b, 0) + unit, n);
+          else
+            Memory<V>::store(value, other_d_input(lane, at.t, at.b) + unit, n);
+        });
   }
 
   C* other_d_input(int64_t lane, int64_t t, int64_t b) const {
@@ -448,8 +442,12 @@ class Backward {
            row += R) {
         const auto* words =
             reinterpret_cast<const typename E::Word*>(strip_of(of, part.lane, row / V::size));
-        product<E, W, R, Layout::columns>(words + row % V::size, 0, word_count<E>(rows), columns,
-                                          nullptr, tile);
+        // What the product will be added to, from afar while it runs.
+        for (int r = 0; r < R && !first && row + r < of.rows; ++r)
+          for (int w = 0; w < W && column + w * V::size < of.columns; ++w)
+            __builtin_prefetch(sums + (row + r) * of.columns + column + w * V::size, 1);
+        product<E, W, R, 1, Layout::columns>(words + row % V::size, 0, word_count<E>(rows),
+                                             {columns, 0, nullptr, tile, 0});
         for (int r = 0; r < R && row + r < of.rows; ++r)
           for (int w = 0; w < W; ++w) {
             const int64_t n = of.columns - column - w * V::size;

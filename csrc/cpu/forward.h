@@ -29,7 +29,8 @@ class Forward {
   static constexpr int per_gate = vectors_per_gate(Cell::gates);
   using GatePanels = Panels<E, Cell::gates, per_gate>;
   using PlainPanels = Panels<E, 1, 2>;
-  static constexpr int64_t chunk_rows = 128;
+  static constexpr int row_size = GatePanels::W * V::size;  // of a tile
+  static constexpr int64_t chunk_rows = 256;
 
  public:
   Forward(const LayerForwardParams& p, const Host& host)
@@ -78,8 +79,7 @@ class Forward {
     projection_panels.take_memory(arena, p.L);
     const int64_t teams = p.L * division.blocks;
     input_rows = arena.take<Value>(teams * chunks.capacity * x_width);
-    input_gates =
-        arena.take<C>(teams * chunks.capacity * input_panels.count * GatePanels::W * V::size);
+    input_gates = arena.take<C>(teams * chunks.capacity * input_panels.count * row_size);
     h_state[0] = arena.take<Value>(p.L * p.B * h_width);
     h_state[1] = arena.take<Value>(p.L * p.B * h_width);
     if (Cell::has_c) c_state = arena.take<C>(p.L * p.B * c_width);
@@ -164,54 +164,51 @@ class Forward {
       }
   }
 
+  // Rows times this member's share of the panels, packed or not; out and each as in Panels.
   template <class Each>
   HOST_DEVICE void multiply(const GatePanels& panels, const void* weights, const void* bias,
-                            int64_t lane, int64_t i, const Value* a, int64_t width, int64_t rows,
-                            C* out, const Each& each) {
-    if (packed) return panels.multiply(lane, i, a, width / E::depth, rows, out, each);
-    constexpr int row_size = GatePanels::W * V::size;
+                            const Part& part, bool backwards, const Rows<E>& rows, C* out,
+                            const Each& each) {
+    const Share share(panels.count, part.member, division.members);
+    const int64_t out_stride = chunks.capacity * row_size;
+    if (packed)
+      return panels.multiply(part.lane, share, backwards, rows, panels.k, out, out_stride, each);
     alignas(64) C buffer[row_size];
-    for (int64_t r = 0; r < rows; ++r) {
-      C* tile = out ? out + r * row_size : buffer;
-      panels.multiply_unpacked(i, as_s(weights), as_s(bias), a + r * width, tile);
-      each(r, 1, tile);
-    }
+    for (int64_t i = share.begin; i < share.end; ++i)
+      for (int64_t r = 0; r < rows.count; ++r) {
+        C* tile = out ? out + i * out_stride + r * row_size : buffer;
+        panels.multiply_unpacked(i, as_s(weights), as_s(bias),
+                                 rows.values + r * rows.stride * E::depth, tile);
+        each(i, r, 1, tile);
+      }
   }
 
   void multiply_input(const Part& part, int64_t chunk) {
     const auto times = chunks.times(is_reverse(p, part.lane), chunk);
-    const int64_t rows = chunks.rows(part.block, times);
-    const Share panels(input_panels.count, part.member, division.members);
     const auto& w = p.weights[part.lane];
-    for (int64_t i = panels.begin; i < panels.end; ++i)
-      multiply(input_panels, w.weight_ih, w.bias_ih, part.lane, i, input_row(part, 0), x_width,
-               rows, gates_of_panel(part, i), [](int64_t, int, const C*) {});
+    multiply(input_panels, w.weight_ih, w.bias_ih, part, false,
+             {input_row(part, 0), x_width / E::depth, chunks.rows(part.block, times)},
+             gates_of_panel(part, 0), [](int64_t, int64_t, int, const C*) {});
   }
 
   void cell_phase(const Part& part, int64_t chunk, int64_t step) {
     const int64_t lane = part.lane, t = time_of_step(p, lane, step);
     const auto times = chunks.times(is_reverse(p, lane), chunk);
     const int64_t begin = order.begin(part.block);
-    const int64_t rows = order.active_end(part.block, t) - begin;
     const int64_t chunk_row = chunks.row(part.block, times, t, begin);
-    const Share panels(hidden_panels.count, part.member, division.members);
-    const Value* h = h_row(step, lane, begin);
     const auto& w = p.weights[lane];
-    for (int64_t k = panels.begin; k < panels.end; ++k) {
-      // There and back again, so that the panels used last are still in the cache.
-      const int64_t i = step & 1 ? panels.begin + panels.end - 1 - k : k;
-      const C* inputs = gates_of_panel(part, i) + chunk_row * GatePanels::W * V::size;
-      multiply(hidden_panels, w.weight_hh, w.bias_hh, lane, i, h, h_width, rows, nullptr,
-               [&](int64_t first, int height, const C* tile) {
-                 for (int r = 0; r < height; ++r) {
-                   const int64_t at = begin + first + r;
-                   const RowStep row = row_step(p, lane, order.row(at), t);
-                   const int64_t offset = r * GatePanels::W * V::size;
-                   cell_row(row, at, step, i * GatePanels::units_each,
-                            inputs + first * GatePanels::W * V::size + offset, tile + offset);
-                 }
-               });
-    }
+    // There and back again, so that the panels used last are still in the cache.
+    multiply(
+        hidden_panels, w.weight_hh, w.bias_hh, part, step & 1,
+        {h_row(step, lane, begin), h_width / E::depth, order.active_end(part.block, t) - begin},
+        nullptr, [&](int64_t i, int64_t first, int height, const C* tile) {
+          const C* inputs = gates_of_panel(part, i) + (chunk_row + first) * row_size;
+          for (int r = 0; r < height; ++r) {
+            const int64_t at = begin + first + r;
+            cell_row(row_step(p, lane, order.row(at), t), at, step, i * GatePanels::units_each,
+                     inputs + r * row_size, tile + r * row_size);
+          }
+        });
   }
 
   HOST_DEVICE void cell_row(const RowStep& row, int64_t i, int64_t step, int64_t first_unit,
@@ -234,15 +231,13 @@ class Forward {
   void projection_phase(const Part& part, int64_t step) {
     const int64_t lane = part.lane, t = time_of_step(p, lane, step);
     const int64_t begin = order.begin(part.block);
-    const int64_t rows = order.active_end(part.block, t) - begin;
-    const Share panels(projection_panels.count, part.member, division.members);
-    for (int64_t i = panels.begin; i < panels.end; ++i)
-      projection_panels.multiply_units(lane, i, m_row(lane, begin), m_width / E::depth, rows, p.H,
-                                       [&](int64_t r, int64_t unit, int64_t n, V h) {
-                                         emit_hidden<S>(
-                                             p, row_step(p, lane, order.row(begin + r), t), unit, n,
-                                             h, h_row(step + 1, lane, begin + r) + unit);
-                                       });
+    projection_panels.multiply_units(
+        lane, Share(projection_panels.count, part.member, division.members), false,
+        {m_row(lane, begin), m_width / E::depth, order.active_end(part.block, t) - begin}, p.H,
+        [&](int64_t r, int64_t unit, int64_t n, V h) {
+          emit_hidden<S>(p, row_step(p, lane, order.row(begin + r), t), unit, n, h,
+                         h_row(step + 1, lane, begin + r) + unit);
+        });
   }
 
   const LayerForwardParams& p;

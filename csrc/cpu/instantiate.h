@@ -28,9 +28,6 @@ cpu::AttentionBackwardFn attention_backward_function(DType dtype);
 #endif
 
 namespace FUSED_RNN_ISA {
-#include "simd.h"
-#include "product.h"
-
 using cpu::AttentionBackwardFn;
 using cpu::AttentionForwardFn;
 using cpu::BackwardFn;
@@ -45,6 +42,8 @@ using cpu::RowOrder;
 using cpu::run_phases;
 
 #include "scratch.h"
+#include "simd.h"
+#include "product.h"
 #include "forward.h"
 #include "backward.h"
 #include "attention.h"

@@ -53,7 +53,10 @@ struct Pairs {
   }
   static HOST_DEVICE V words(const BFloat16* from, int64_t count) {
     V result(0);
-    memcpy(&result.v, from, (count < 2 * V::size ? count : 2 * V::size) * sizeof(BFloat16));
+    if (count >= 2 * V::size)
+      memcpy(&result.v, from, sizeof(result.v));
+    else
+      memcpy(&result.v, from, count * sizeof(BFloat16));
     return result;
   }
   static HOST_DEVICE V across(const BFloat16* const (&rows)[2], int64_t count) {
@@ -67,7 +70,10 @@ struct Pairs {
  private:
   static HOST_DEVICE Bits<V::size>::Word half(const BFloat16* row, int64_t count) {
     Bits<V::size>::Short bits{};
-    if (row) memcpy(&bits, row, (count < V::size ? count : V::size) * sizeof(BFloat16));
+    if (row && count >= V::size)
+      memcpy(&bits, row, sizeof(bits));
+    else if (row)
+      memcpy(&bits, row, count * sizeof(BFloat16));
     return __builtin_convertvector(bits, Bits<V::size>::Word);
   }
 };
@@ -112,71 +118,78 @@ constexpr int max_rows(int W) {
 // vector of rows together for every k.
 enum class Layout { rows, columns };
 
-template <class E, int W, int R, Layout layout>
+// Rows to be multiplied: `count` of them, `stride` words apart.
+template <class E>
+struct Rows {
+  const typename E::Value* values;
+  int64_t stride, count;
+};
+
+// Where the panels of a product lie that are taken together, and what they give.
+template <class E>
+struct PanelPlace {
+  using C = typename E::V::Scalar;
+  const typename E::Value* panel;
+  int64_t panel_stride;  // from a panel to the next
+  const C* bias;         // or null for zeros; panels of bias follow one another
+  C* tile;
+  int64_t tile_stride;  // from a panel's tile to the next
+};
+
+// N panels at once; more than one only where R*W accumulators are too few to keep the units busy.
+template <class E, int W, int R, int N, Layout layout>
 void product(const typename E::Word* a, int64_t row_stride, int64_t words,
-             const typename E::Value* panel, const typename E::V::Scalar* bias,
-             typename E::V::Scalar* tile) {
+             const PanelPlace<E>& place) {
   using V = typename E::V;
   constexpr int vector_values = V::size * E::depth;
   const int64_t r_step = layout == Layout::rows ? row_stride : 1;
   const int64_t k_step = layout == Layout::rows ? 1 : V::size;
-  V sum[R][W];
+  const typename E::Value* panel[N];
+  V sum[N][R][W];
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
+  for (int n = 0; n < N; ++n) {
+    panel[n] = place.panel + n * place.panel_stride;
 #pragma GCC unroll 16
-    for (int w = 0; w < W; ++w) sum[r][w] = bias ? V::load(bias + w * V::size) : V(0);
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+      for (int w = 0; w < W; ++w)
+        sum[n][r][w] = place.bias ? V::load(place.bias + (n * W + w) * V::size) : V(0);
+  }
   for (int64_t i = 0; i < words; ++i) {
-    V columns[W];
 #pragma GCC unroll 16
-    for (int w = 0; w < W; ++w) memcpy(&columns[w].v, panel + w * vector_values, sizeof(V));
-    panel += W * vector_values;
+    for (int n = 0; n < N; ++n) {
+      V columns[W];
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      const V x = E::broadcast(a[r * r_step + i * k_step]);
+      for (int w = 0; w < W; ++w) memcpy(&columns[w].v, panel[n] + w * vector_values, sizeof(V));
+      panel[n] += W * vector_values;
 #pragma GCC unroll 16
-      for (int w = 0; w < W; ++w) sum[r][w] = E::multiply_add(columns[w], x, sum[r][w]);
+      for (int r = 0; r < R; ++r) {
+        const V x = E::broadcast(a[r * r_step + i * k_step]);
+#pragma GCC unroll 16
+        for (int w = 0; w < W; ++w) sum[n][r][w] = E::multiply_add(columns[w], x, sum[n][r][w]);
+      }
     }
   }
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
+  for (int n = 0; n < N; ++n)
 #pragma GCC unroll 16
-    for (int w = 0; w < W; ++w) sum[r][w].store(tile + (r * W + w) * V::size);
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+      for (int w = 0; w < W; ++w)
+        sum[n][r][w].store(place.tile + n * place.tile_stride + (r * W + w) * V::size);
 }
 
 template <class E>
-using ProductFn = void (*)(const typename E::Word*, int64_t, int64_t, const typename E::Value*,
-                           const typename E::V::Scalar*, typename E::V::Scalar*);
+using ProductFn = void (*)(const typename E::Word*, int64_t, int64_t, const PanelPlace<E>&);
 
 template <class E, int W, int... R>
 ProductFn<E> select_product(int rows, std::integer_sequence<int, R...>) {
-  static constexpr ProductFn<E> table[] = {product<E, W, R + 1, Layout::rows>...};
+  static constexpr ProductFn<E> table[] = {product<E, W, R + 1, 1, Layout::rows>...};
   return table[rows - 1];
 }
 
-// Calls each(first_row, height, tile) for every tile of up to max_rows(W) rows, near-equal in height.
-// A row's words begin `row_stride` words after those of the row before. Tiles follow one another in
-// `out`, or, without that, pass away.
-template <class E, int W, class Each>
-HOST_DEVICE void for_each_tile(const typename E::Value* a, int64_t row_stride, int64_t rows,
-                               int64_t k, const typename E::Value* panel,
-                               const typename E::V::Scalar* bias, typename E::V::Scalar* out,
-                               const Each& each) {
-  using Word = typename E::Word;
-  using C = typename E::V::Scalar;
-  constexpr int R = max_rows(W);
-  constexpr int row_size = W * E::V::size;
-  alignas(64) C buffer[R * row_size];
-  const auto* words = reinterpret_cast<const Word*>(a);
-  const int64_t tiles = (rows + R - 1) / R;
-  for (int64_t i = 0; i < tiles; ++i) {
-    const int64_t first = rows * i / tiles;
-    const int height = static_cast<int>(rows * (i + 1) / tiles - first);
-    C* tile = out ? out + first * row_size : buffer;
-    select_product<E, W>(height, std::make_integer_sequence<int, R>())(
-        words + first * row_stride, row_stride, word_count<E>(k), panel, bias, tile);
-    each(first, height, tile);
-  }
-}
+// A multiply-add takes four cycles and two begin in each.
+constexpr int panels_of_one_row(int W) { return (8 + W - 1) / W; }
 
 // ---- packing -------------------------------------------------------------------------------------
 
@@ -296,30 +309,51 @@ class Panels {
     }
   }
 
-  // The product of `rows` rows of `a`, row_stride words apart, and panel i; each and out as above.
+  // The product of the first of_k values of rows and the panels of a share, these from either end:
+  // each(panel, first_row, height, tile) for every tile of up to max_rows(W) rows, near-equal in height.
+  // A panel's tiles follow one another in `out`, panels out_stride apart; without that they pass away.
   template <class Each>
-  HOST_DEVICE void multiply(int64_t lane, int64_t i, const Value* a, int64_t row_stride,
-                            int64_t rows, C* out, const Each& each) const {
-    for_each_tile<E, W>(a, row_stride, rows, k, panel(lane, i),
-                        bias ? panel_bias(lane, i) : nullptr, out, each);
+  HOST_DEVICE void multiply(int64_t lane, const Share& share, bool backwards, const Rows<E>& rows,
+                            int64_t of_k, C* out, int64_t out_stride, const Each& each) const {
+    constexpr int R = max_rows(W), N = panels_of_one_row(W);
+    constexpr int row_size = W * V::size;
+    alignas(64) C buffer[(R > N ? R : N) * row_size];
+    const auto* words = reinterpret_cast<const typename E::Word*>(rows.values);
+    const int64_t tiles = (rows.count + R - 1) / R;
+    const int64_t panels = share.end - share.begin;
+    for (int64_t done = 0, taken; done < panels; done += taken) {
+      taken = rows.count == 1 && panels - done >= N ? N : 1;
+      const int64_t i = backwards ? share.end - done - taken : share.begin + done;
+      for (int64_t t = 0; t < tiles; ++t) {
+        const int64_t first = rows.count * t / tiles;
+        const int height = static_cast<int>(rows.count * (t + 1) / tiles - first);
+        const PanelPlace<E> place{panel(lane, i), panel_size, bias ? panel_bias(lane, i) : nullptr,
+                                  out ? out + i * out_stride + first * row_size : buffer,
+                                  out ? out_stride : row_size};
+        const ProductFn<E> run =
+            taken == N ? product<E, W, 1, N, Layout::rows>
+                       : select_product<E, W>(height, std::make_integer_sequence<int, R>());
+        run(words + first * rows.stride, rows.stride, word_count<E>(of_k), place);
+        for (int64_t n = 0; n < taken; ++n)
+          each(i + n, first, height, place.tile + n * place.tile_stride);
+      }
+    }
   }
 
-  // The same over the first `of_k` values, where each(row, unit, units there are, result) takes the
-  // vectors of a single gate.
+  // The same, where each(row, unit, units there are, result) takes the vectors of a single gate.
   template <class Each>
-  HOST_DEVICE void multiply_units(int64_t lane, int64_t i, const Value* a, int64_t row_stride,
-                                  int64_t rows, int64_t of_k, const Each& each) const {
+  HOST_DEVICE void multiply_units(int64_t lane, const Share& share, bool backwards,
+                                  const Rows<E>& rows, int64_t of_k, const Each& each) const {
     static_assert(Gates == 1, "vectors of several gates belong together");
-    for_each_tile<E, W>(a, row_stride, rows, of_k, panel(lane, i), nullptr, nullptr,
-                        [&](int64_t first, int height, const C* tile) {
-                          for (int r = 0; r < height; ++r, tile += W * V::size)
-                            for (int v = 0; v < W; ++v) {
-                              const int64_t unit = i * units_each + v * V::size;
-                              if (unit >= source.units) break;
-                              each(first + r, unit, source.units - unit,
-                                   V::load(tile + v * V::size));
-                            }
-                        });
+    multiply(lane, share, backwards, rows, of_k, nullptr, 0,
+             [&](int64_t i, int64_t first, int height, const C* tile) {
+               for (int r = 0; r < height; ++r, tile += W * V::size)
+                 for (int v = 0; v < W; ++v) {
+                   const int64_t unit = i * units_each + v * V::size;
+                   if (unit >= source.units) break;
+                   each(first + r, unit, source.units - unit, V::load(tile + v * V::size));
+                 }
+             });
   }
 
  private:

@@ -1,6 +1,13 @@
 // What every op of the engine needs around its arithmetic: scratch memory and threads.
 // Included inside the instruction set's namespace.
 
+// Part `part` of `parts` of 0..count.
+struct Share {
+  const int64_t begin, end;
+  Share(int64_t count, int64_t part, int64_t parts)
+      : begin(count * part / parts), end(count * (part + 1) / parts) {}
+};
+
 constexpr int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }
@@ -60,10 +67,3 @@ void run_teams(const Host& host, int64_t teams, int64_t members, bool worthwhile
     }
   });
 }
-
-// The part of 0..count that is `part` of `parts`.
-struct Share {
-  const int64_t begin, end;
-  Share(int64_t count, int64_t part, int64_t parts)
-      : begin(count * part / parts), end(count * (part + 1) / parts) {}
-};

@@ -51,6 +51,22 @@ struct Vec {
   friend HOST_DEVICE Mask operator<(Vec a, Vec b) { return a.v < b.v; }
   friend HOST_DEVICE Vec where(Mask condition, Vec a, Vec b) { return Vec(condition ? a.v : b.v); }
 
+  // The larger and the smaller of two; b where either is NaN.
+  friend HOST_DEVICE Vec larger(Vec a, Vec b) {
+#if FUSED_RNN_VECTOR_BYTES == 64  // where compilers go through mask registers
+    if constexpr (sizeof(T) == 4) return Vec(Native(_mm512_max_ps(a.v, b.v)));
+    if constexpr (sizeof(T) == 8) return Vec(Native(_mm512_max_pd(a.v, b.v)));
+#endif
+    return where(b < a, a, b);
+  }
+  friend HOST_DEVICE Vec smaller(Vec a, Vec b) {
+#if FUSED_RNN_VECTOR_BYTES == 64
+    if constexpr (sizeof(T) == 4) return Vec(Native(_mm512_min_ps(a.v, b.v)));
+    if constexpr (sizeof(T) == 8) return Vec(Native(_mm512_min_pd(a.v, b.v)));
+#endif
+    return where(a < b, a, b);
+  }
+
   static HOST_DEVICE Vec load(const T* from) {
     Vec x;
     memcpy(&x.v, from, sizeof(Native));
@@ -133,11 +149,13 @@ struct Constants<double> {
   static constexpr int mantissa_bits = 52, bias = 1023;
 };
 
+// By pairs of coefficients, which need not wait for each other; square is x^2.
 template <class V, class T, size_t N>
-HOST_DEVICE V polynomial(const T (&coefficients)[N], V x) {
-  V sum(coefficients[0]);
+HOST_DEVICE V polynomial(const T (&coefficients)[N], V x, V square) {
+  V sum = N % 2 ? V(coefficients[0]) : x * V(coefficients[0]) + V(coefficients[1]);
 #pragma GCC unroll 16
-  for (size_t i = 1; i < N; ++i) sum = sum * x + V(coefficients[i]);
+  for (size_t i = 2 - N % 2; i < N; i += 2)
+    sum = sum * square + (x * V(coefficients[i]) + V(coefficients[i + 1]));
   return sum;
 }
 
@@ -165,16 +183,16 @@ struct Exponential {
     const V whole = (x * V(T(1.4426950408889634074)) + V(K::round)) - V(K::round);
     const V r = (x - whole * V(K::ln2_high)) - whole * V(K::ln2_low);
     k = __builtin_convertvector(whole.v, typename V::Mask);
-    expm1 = polynomial(K::expm1, r) * (r * r) + r;
+    const V square = r * r;
+    expm1 = polynomial(K::expm1, r, square) * square + r;
   }
 };
 
-// x, but no less than `low` and no more than `high`; NaN compares false and passes through.
+// x, but no less than `low` and no more than `high`; NaN passes through.
 template <class T, int N>
 HOST_DEVICE Vec<T, N> clamp(Vec<T, N> x, T low, T high) {
   using V = Vec<T, N>;
-  x = where(x <= V(low), V(low), x);
-  return where(V(high) <= x, V(high), x);
+  return smaller(V(high), larger(V(low), x));
 }
 
 template <class T, int N>

@@ -3,7 +3,8 @@
 // A team splits the units of a lane into `members` parts. Phase p of any part may start once phase
 // p-1 of every part is done. One thread is meant for each part and keeps returning to it, so that the
 // part's weights stay in that core's cache; but a thread pool may give fewer threads than asked, or run
-// our chunks one after another. So a part whose thread has not turned up is done by whoever is here:
+// our chunks one after another, or the system takes a thread off its core. So a part whose thread has
+// not turned up, or does not come back, is done by whoever is here:
 // parts are claimed by compare-and-swap, waiting is for completed parts rather than for threads, and
 // any number of threads from one upwards makes progress.
 #pragma once
@@ -27,6 +28,9 @@ struct alignas(64) Part {
 
 class Spin {
  public:
+  // Whether a thread that has only this to do would have come: it may be waiting for a core.
+  bool long_gone() const { return count_ > 256; }
+
   void pause() {
     if (++count_ > 4096) {  // more threads than cores: let the one we wait for run
       std::this_thread::yield();
@@ -62,7 +66,9 @@ void run_phases(Part* parts, int members, int me, int64_t phases, const Work& wo
     for (int part = 0; part < members; ++part) {
       Spin spin;
       while (parts[part].done.load(std::memory_order_acquire) <= phase) {
-        if (!parts[part].attended.load(std::memory_order_acquire))
+        const bool absent =
+            !parts[part].attended.load(std::memory_order_acquire) || spin.long_gone();
+        if (absent && parts[part].claimed.load(std::memory_order_relaxed) == phase)
           attempt(part, phase);
         else
           spin.pause();
