@@ -43,14 +43,13 @@ def multiply_add_flops() -> float:
     """Floating-point operations a second, float32, of as many threads as torch uses: no product can
     do more on this machine. The best of several runs."""
     threads = torch.get_num_threads()
-    rounds = 200_000
+    rounds = 2_000_000  # some 20 ms
     best = 0.0
     with ThreadPoolExecutor(threads) as pool:
         for _ in range(20):
             start = time.perf_counter()
             done = sum(pool.map(_C.multiply_adds, [rounds] * threads))
             best = max(best, done / (time.perf_counter() - start))
-            rounds = max(rounds, int(rounds * 0.02 / (time.perf_counter() - start)))
     return best
 
 

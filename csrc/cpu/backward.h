@@ -409,13 +409,18 @@ class Backward {
                    [&](int64_t k) { return from + k * width + column; });
       if (!of.bias_sums) continue;
       C* sums = of.bias_sums + (part.lane * of.strip_count() + i) * V::size;
-      V sum = V::load(sums);
-      for (int64_t k = 0; k < word_count<E>(rows); ++k) {
-        V words;
-        memcpy(&words.v, strip + k * vector_values, sizeof(V));
-        sum = E::multiply_add(words, E::broadcast(E::one), sum);
+      V total = V::load(sums);
+      constexpr int64_t in_a_row = 32;  // partial sums, so that rounding does not pile up
+      for (int64_t begin = 0; begin < word_count<E>(rows); begin += in_a_row) {
+        V sum(0);
+        for (int64_t k = begin; k < begin + in_a_row && k < word_count<E>(rows); ++k) {
+          V words;
+          memcpy(&words.v, strip + k * vector_values, sizeof(V));
+          sum = E::multiply_add(words, E::broadcast(E::one), sum);
+        }
+        total = total + sum;
       }
-      sum.store(sums);
+      total.store(sums);
     }
   }
 

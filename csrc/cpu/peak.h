@@ -7,7 +7,7 @@ inline double multiply_adds(int64_t rounds) {
   constexpr int chains = vector_registers - 4;
   V sums[chains];
 #pragma GCC unroll 32
-  for (auto& sum : sums) sum = V(1);
+  for (int i = 0; i < chains; ++i) sums[i] = V(static_cast<float>(i));  // or all chains are one
   const V factor(0.9f), term(0.1f);
   for (int64_t i = 0; i < rounds; ++i)
 #pragma GCC unroll 32

@@ -5,7 +5,8 @@
 //   tile[r][w] = bias[w] + sum_k a[r][k] * panel[k][w]        r < R, w < W
 //
 // with all R*W accumulators in registers; per k that is W loads, R broadcasts and R*W multiply-adds.
-// The sum runs over k in order whatever R is, so a result does not depend on how rows were tiled.
+// The sum runs over k in order, and over partial sums of a fixed length, whatever R is: so a result does
+// not depend on how rows were tiled, and rounding does not pile up over a long k.
 // Included inside the instruction set's namespace, after simd.h.
 
 // ---- operands
@@ -136,6 +137,8 @@ struct PanelPlace {
   int64_t tile_stride;  // from a panel's tile to the next
 };
 
+constexpr int64_t words_in_a_row = 256;
+
 // N panels at once; more than one only where R*W accumulators are too few to keep the units busy.
 template <class E, int W, int R, int N, Layout layout>
 void product(const typename E::Word* a, int64_t row_stride, int64_t words,
@@ -145,38 +148,44 @@ void product(const typename E::Word* a, int64_t row_stride, int64_t words,
   const int64_t r_step = layout == Layout::rows ? row_stride : 1;
   const int64_t k_step = layout == Layout::rows ? 1 : V::size;
   const typename E::Value* panel[N];
-  V sum[N][R][W];
 #pragma GCC unroll 16
-  for (int n = 0; n < N; ++n) {
-    panel[n] = place.panel + n * place.panel_stride;
+  for (int n = 0; n < N; ++n) panel[n] = place.panel + n * place.panel_stride;
+  for (int64_t begin = 0; begin == 0 || begin < words; begin += words_in_a_row) {
+    const int64_t end = words - begin < words_in_a_row ? words : begin + words_in_a_row;
+    V sum[N][R][W];
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r)
+    for (int n = 0; n < N; ++n)
 #pragma GCC unroll 16
-      for (int w = 0; w < W; ++w)
-        sum[n][r][w] = place.bias ? V::load(place.bias + (n * W + w) * V::size) : V(0);
-  }
-  for (int64_t i = 0; i < words; ++i) {
+      for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
-    for (int n = 0; n < N; ++n) {
-      V columns[W];
+        for (int w = 0; w < W; ++w)
+          sum[n][r][w] =
+              begin == 0 && place.bias ? V::load(place.bias + (n * W + w) * V::size) : V(0);
+    for (int64_t i = begin; i < end; ++i) {
 #pragma GCC unroll 16
-      for (int w = 0; w < W; ++w) memcpy(&columns[w].v, panel[n] + w * vector_values, sizeof(V));
-      panel[n] += W * vector_values;
+      for (int n = 0; n < N; ++n) {
+        V columns[W];
 #pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) {
-        const V x = E::broadcast(a[r * r_step + i * k_step]);
+        for (int w = 0; w < W; ++w) memcpy(&columns[w].v, panel[n] + w * vector_values, sizeof(V));
+        panel[n] += W * vector_values;
 #pragma GCC unroll 16
-        for (int w = 0; w < W; ++w) sum[n][r][w] = E::multiply_add(columns[w], x, sum[n][r][w]);
+        for (int r = 0; r < R; ++r) {
+          const V x = E::broadcast(a[r * r_step + i * k_step]);
+#pragma GCC unroll 16
+          for (int w = 0; w < W; ++w) sum[n][r][w] = E::multiply_add(columns[w], x, sum[n][r][w]);
+        }
       }
     }
+#pragma GCC unroll 16
+    for (int n = 0; n < N; ++n)
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+        for (int w = 0; w < W; ++w) {
+          typename V::Scalar* to = place.tile + n * place.tile_stride + (r * W + w) * V::size;
+          (begin == 0 ? sum[n][r][w] : V::load(to) + sum[n][r][w]).store(to);
+        }
   }
-#pragma GCC unroll 16
-  for (int n = 0; n < N; ++n)
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 16
-      for (int w = 0; w < W; ++w)
-        sum[n][r][w].store(place.tile + n * place.tile_stride + (r * W + w) * V::size);
 }
 
 template <class E>
