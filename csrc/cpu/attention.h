@@ -333,7 +333,7 @@ inline int64_t slots_for(const Host& host, int64_t tasks) {
 
 template <class S, class Params, class PanelsOfValues>
 void pack_values(const Params& p, const Host& host, const PanelsOfValues& panels) {
-  const bool worthwhile = p.B * p.K * p.D >= packing_worth_a_thread;
+  const bool worthwhile = p.B * p.K * p.D >= 1 << 16;  // less is packed before a thread has woken
   parallel(host, p.B * panels.count, worthwhile, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / panels.count;

@@ -87,12 +87,14 @@ class Backward {
   }
 
   void run() {
-    pack();
     const int64_t phases = 2 + chunks.count * phases_per_chunk();
     run_teams(host, p.L, parts, division.parallel, phases,
               [&](int64_t lane, int64_t index, int64_t i) {
                 const Part part{lane, index / division.members, index % division.members, index};
-                if (i == 0) return begin(part);
+                if (i == 0) {
+                  pack(lane, Share(panels_to_pack(), index, parts));
+                  return begin(part);
+                }
                 if (i == phases - 1) return finish(part);
                 const int64_t chunk = (i - 1) / phases_per_chunk();
                 const int64_t phase = (i - 1) % phases_per_chunk();
@@ -156,22 +158,21 @@ class Backward {
   Chunks::Times times_of(int64_t lane, int64_t chunk) const {
     return chunks.times(!is_reverse(p, lane), chunk);
   }
-  void pack() {
+  int64_t panels_to_pack() const {
+    return hidden_panels.count + input_panels.count + projection_panels.count;
+  }
+
+  void pack(int64_t lane, const Share& share) {
     const int64_t hidden = hidden_panels.count, input = input_panels.count;
-    const int64_t per_lane = hidden + input + projection_panels.count;
-    const bool worthwhile = p.L * gate_rows * (p.P + p.I) >= packing_worth_a_thread;
-    parallel(host, p.L * per_lane, worthwhile, [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t lane = task / per_lane, i = task % per_lane;
-        const auto& w = p.weights[lane];
-        if (i < hidden)
-          hidden_panels.pack(lane, i, static_cast<const S*>(w.weight_hh));
-        else if (i < hidden + input)
-          input_panels.pack(lane, i - hidden, static_cast<const S*>(w.weight_ih));
-        else
-          projection_panels.pack(lane, i - hidden - input, static_cast<const S*>(w.weight_hr));
-      }
-    });
+    const auto& w = p.weights[lane];
+    for (int64_t i = share.begin; i < share.end; ++i) {
+      if (i < hidden)
+        hidden_panels.pack(lane, i, static_cast<const S*>(w.weight_hh));
+      else if (i < hidden + input)
+        input_panels.pack(lane, i - hidden, static_cast<const S*>(w.weight_ih));
+      else
+        projection_panels.pack(lane, i - hidden - input, static_cast<const S*>(w.weight_hr));
+    }
   }
 
   void begin(const Part& part) {

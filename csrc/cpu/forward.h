@@ -1,7 +1,10 @@
 // Forward of a whole layer, for any cell and storage type.
 //
-//   work = lanes x row blocks, each a team       teams never wait for each other
-//   team = members, each a share of unit panels  members meet once per phase (team.h)
+//   work = lanes, each a team                      teams never wait for each other
+//   team = parts, each a row block or a share of unit panels
+//
+// The parts meet when they have packed the weights. Parts that are row blocks then go on by themselves;
+// parts that share panels, the members of a block, meet after every phase (team.h).
 //
 // Time goes by in chunks of about chunk_rows rows of input. A chunk's rows are copied together
 // (finished rows left out), multiplied by weight_ih, and then the recurrence runs over its timesteps:
@@ -52,21 +55,20 @@ class Forward {
   }
 
   void run() {
-    pack();
-    run_teams(host, p.L * division.blocks, division.members, division.parallel,
-              1 + chunks.count * phases_per_chunk(), [&](int64_t team, int64_t member, int64_t i) {
-                const Part part{team / division.blocks, team % division.blocks, member, team};
-                if (i == 0) return load_initial(part);
-                const int64_t chunk = (i - 1) / phases_per_chunk();
-                const int64_t phase = (i - 1) % phases_per_chunk() - 1;
-                if (phase < 0) return gather(part, chunk);
-                const int64_t step = chunk * chunks.steps + phase / phases_per_step();
-                if (step >= p.T) return;
-                if (phase == 0) multiply_input(part, chunk);
-                if (phase % phases_per_step() == 0)
-                  cell_phase(part, chunk, step);
-                else
-                  projection_phase(part, step);
+    const int64_t parts = division.blocks * division.members;
+    const int64_t phases = chunks.count * phases_per_chunk();
+    run_teams(host, p.L, parts, division.parallel, 1 + (division.members > 1 ? phases : 1),
+              [&](int64_t lane, int64_t index, int64_t i) {
+                const Part part{lane, index / division.members, index % division.members,
+                                lane * division.blocks + index / division.members};
+                if (i == 0) {
+                  pack(lane, Share(panels_to_pack(), index, parts));
+                  load_initial(part);
+                } else if (division.members > 1) {
+                  run_phase(part, i - 1);
+                } else {
+                  for (int64_t phase = 0; phase < phases; ++phase) run_phase(part, phase);
+                }
               });
   }
 
@@ -109,22 +111,32 @@ class Forward {
 
   static const S* as_s(const void* data) { return static_cast<const S*>(data); }
 
-  void pack() {
-    const int64_t gate_panels = packed ? hidden_panels.count : 0;
-    const int64_t per_lane = 2 * gate_panels + projection_panels.count;
-    const bool worthwhile = p.L * Cell::gates * p.H * (p.I + p.P) >= packing_worth_a_thread;
-    parallel(host, p.L * per_lane, worthwhile, [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t lane = task / per_lane, i = task % per_lane;
-        const auto& w = p.weights[lane];
-        if (i < gate_panels)
-          input_panels.pack(lane, i, as_s(w.weight_ih), as_s(w.bias_ih));
-        else if (i < 2 * gate_panels)
-          hidden_panels.pack(lane, i - gate_panels, as_s(w.weight_hh), as_s(w.bias_hh));
-        else
-          projection_panels.pack(lane, i - 2 * gate_panels, as_s(w.weight_hr));
-      }
-    });
+  int64_t gate_panels() const { return packed ? hidden_panels.count : 0; }
+  int64_t panels_to_pack() const { return 2 * gate_panels() + projection_panels.count; }
+
+  void pack(int64_t lane, const Share& share) {
+    const auto& w = p.weights[lane];
+    for (int64_t i = share.begin; i < share.end; ++i) {
+      if (i < gate_panels())
+        input_panels.pack(lane, i, as_s(w.weight_ih), as_s(w.bias_ih));
+      else if (i < 2 * gate_panels())
+        hidden_panels.pack(lane, i - gate_panels(), as_s(w.weight_hh), as_s(w.bias_hh));
+      else
+        projection_panels.pack(lane, i - 2 * gate_panels(), as_s(w.weight_hr));
+    }
+  }
+
+  void run_phase(const Part& part, int64_t number) {
+    const int64_t chunk = number / phases_per_chunk();
+    const int64_t phase = number % phases_per_chunk() - 1;
+    if (phase < 0) return gather(part, chunk);
+    const int64_t step = chunk * chunks.steps + phase / phases_per_step();
+    if (step >= p.T) return;
+    if (phase == 0) multiply_input(part, chunk);
+    if (phase % phases_per_step() == 0)
+      cell_phase(part, chunk, step);
+    else
+      projection_phase(part, step);
   }
 
   // Every member loads a share of the rows, whole.

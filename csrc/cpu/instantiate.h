@@ -36,7 +36,6 @@ using cpu::Chunks;
 using cpu::Division;
 using cpu::ForwardFn;
 using cpu::Host;
-using cpu::packing_worth_a_thread;
 using cpu::Parts;
 using cpu::RowOrder;
 using cpu::run_phases;

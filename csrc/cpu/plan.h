@@ -11,9 +11,6 @@
 
 namespace fused_rnn::cpu {
 
-// Fewer weights than this are packed before another thread has woken.
-constexpr int64_t packing_worth_a_thread = 1 << 16;
-
 // How the work of one call is divided.
 struct Division {
   int64_t blocks = 1;     // row blocks per lane

@@ -20,9 +20,10 @@
 
 namespace fused_rnn::cpu {
 
-struct alignas(64) Part {
-  std::atomic<int64_t> claimed{0};  // phases begun
-  std::atomic<int64_t> done{0};     // phases completed
+struct Part {
+  // On a cache line of its own: only the part's thread writes it, as a rule, while others watch `done`.
+  alignas(64) std::atomic<int64_t> claimed{0};  // phases begun
+  alignas(64) std::atomic<int64_t> done{0};     // phases completed
   std::atomic<bool> attended{false};
 };
 
