@@ -67,6 +67,12 @@ int main() {
     alone.join(members - 1);
     check("alone", alone);
 
+    Trial taken(members,
+                50);  // the others came, and then the system gave their cores to someone else
+    for (auto& part : taken.parts) part.attended = true;
+    taken.join(0);
+    check("taken", taken);
+
     for (int delay : {0, 1, 20}) {  // ms between arrivals
       Trial together(members, 400);
       std::vector<std::thread> threads;

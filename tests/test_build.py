@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import native
@@ -76,6 +77,19 @@ def test_cuda_kernels_compile_without_spills(target, tmp_path):
         assert len(kernels) > 0
         assert len(spills) >= len(kernels)
         assert set(spills) == {("0", "0")}
+
+
+def test_multiply_adds_are_counted_as_they_are_done():
+    """The benchmark's measure of what the machine can do: no core does 10^12 a second."""
+    rounds = 200_000
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        done = _C.multiply_adds(rounds)
+        seconds.append(time.perf_counter() - start)
+    assert done == rounds * _C.multiply_adds(1)
+    assert 1e8 < done / min(seconds) < 1e12
+    assert _C.multiply_adds(0) == 0
 
 
 def test_sources_outside_the_binding_know_nothing_of_torch():

@@ -76,7 +76,7 @@ def test_one_module_in_several_threads(name, threads):
     for worker, results in enumerate(found):
         wanted = (expected[worker:] + expected[:worker]) * 4
         for result, want in zip(results, wanted, strict=True):
-            torch.testing.assert_close(result, want, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(result, want, rtol=0, atol=0)
 
 
 @layers
@@ -100,7 +100,7 @@ def test_thread_count_changes_meanwhile(name):
             runs = [pool.submit(lambda: [work(layer, x) for _ in range(15)]) for _ in range(2)]
             for run in runs:
                 for result in run.result(PATIENCE):
-                    torch.testing.assert_close(result, expected, rtol=1e-9, atol=1e-11)
+                    torch.testing.assert_close(result, expected, rtol=0, atol=0)
     finally:
         stop.set()
         changer.join(PATIENCE)
@@ -115,7 +115,7 @@ def test_thread_counts_agree(name):
         expected = work(layer, x)
         for threads in (2, 3, 8):
             torch.set_num_threads(threads)
-            torch.testing.assert_close(work(layer, x), expected, rtol=1e-9, atol=1e-11)
+            torch.testing.assert_close(work(layer, x), expected, rtol=0, atol=0)
 
 
 @layers
