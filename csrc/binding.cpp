@@ -188,17 +188,46 @@ class Results {
 
 // ---- engines -----------------------------------------------------------------------------------------
 
-// Scratch comes from torch's allocator: cached, and filled with NaN when torch is asked to do that.
-struct Scratch {
-  const Results make;
-  Tensor memory;
+// Scratch comes from torch's allocator, which fills it with NaN when torch is asked to do that. One
+// block is kept from call to call, if it is not larger than most_: the system takes back what is freed,
+// and to hand it out again page by page takes up to a tenth of a large layer's time.
+class Scratch {
+ public:
+  explicit Scratch(const Tensor& like) : make_(like, false) {}
+  ~Scratch() {
+    if (memory_ && size(*memory_) > most_.load())
+      delete memory_;
+    else if (memory_)
+      delete kept_.exchange(memory_);
+  }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
 
   static void* allocate(void* self, size_t bytes) {
     auto& scratch = *static_cast<Scratch*>(self);
-    scratch.memory = scratch.make({static_cast<int64_t>(bytes) + 64}, ScalarType::Byte);
-    const auto address = reinterpret_cast<uintptr_t>(scratch.memory.data_ptr());
+    const int64_t wanted = static_cast<int64_t>(bytes) + 64;
+    scratch.memory_ = kept_.exchange(nullptr);
+    if (scratch.memory_ && size(*scratch.memory_) < wanted)
+      delete std::exchange(scratch.memory_, nullptr);
+    if (!scratch.memory_) scratch.memory_ = new Tensor(scratch.make_({wanted}, ScalarType::Byte));
+    const auto address = reinterpret_cast<uintptr_t>(scratch.memory_->data_ptr());
     return reinterpret_cast<void*>((address + 63) / 64 * 64);
   }
+
+  // Sets how many bytes may be kept, and returns how many that were.
+  static int64_t keep(int64_t bytes) {
+    const int64_t before = most_.exchange(bytes);
+    delete kept_.exchange(nullptr);
+    return before;
+  }
+
+ private:
+  static int64_t size(const Tensor& tensor) { return tensor.numel(); }
+
+  static inline std::atomic<int64_t> most_{int64_t(64) << 20};
+  static inline std::atomic<Tensor*> kept_{nullptr};
+  const Results make_;
+  Tensor* memory_ = nullptr;
 };
 
 // Threads lent to one call. Calls at the same time, from several threads of the caller, share what
@@ -223,7 +252,7 @@ class Threads {
 
 template <class Run>
 void on_cpu(const Tensor& like, const Run& run) {
-  Scratch scratch{Results(like, false), {}};
+  Scratch scratch(like);
   const Threads threads;
   const cpu::Host host{threads.count(),
                        [](int64_t count, void (*task)(int64_t, int64_t, void*), void* context) {
@@ -1158,6 +1187,9 @@ PYBIND11_MODULE(_C, module) {
         return supported;
       },
       "The CPU engine's compiled instruction sets, best first, and which this machine supports.");
+  module.def("keep_scratch", fused_rnn::binding::Scratch::keep,
+             "Sets how many bytes of scratch memory the CPU engine may keep between calls (64 MiB "
+             "unless told), frees what it keeps, and returns the number before.");
   module.def(
       "multiply_adds",
       [](int64_t rounds) { return fused_rnn::cpu::active_instruction_set().multiply_adds(rounds); },

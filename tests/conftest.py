@@ -42,14 +42,16 @@ def _poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fills uninitialised memory with NaN.
 
     Results and scratch of the compiled ops come from torch's empty too, so that whatever an engine
-    reads before it wrote it, or forgets to write, shows.
+    reads before it wrote it, or forgets to write, shows. Scratch is fresh for every call.
     """
+    kept = fused_rnn._C.keep_scratch(0)
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     torch.use_deterministic_algorithms(True)
     yield
+    fused_rnn._C.keep_scratch(kept)
     torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
 
 

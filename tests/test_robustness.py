@@ -119,6 +119,21 @@ def test_thread_counts_agree(name):
 
 
 @layers
+def test_scratch_that_is_kept(name):
+    """What one call leaves in memory, smaller and larger ones find."""
+    assert fused_rnn._C.keep_scratch(64 << 20) == 0  # conftest.py
+    sizes = (5, 64, 3, 200, 17)
+    runs = [(getattr(fused_rnn, name)(I, size), torch.randn(T, B, I)) for size in sizes]
+    kept = [work(layer, x) for layer, x in runs]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda run: work(*run), runs * 4, timeout=PATIENCE))
+    assert fused_rnn._C.keep_scratch(0) == 64 << 20
+    fresh = [work(layer, x) for layer, x in runs]
+    torch.testing.assert_close(kept, fresh, rtol=0, atol=0)
+    torch.testing.assert_close(together, fresh * 4, rtol=0, atol=0)
+
+
+@layers
 def test_repeats_are_bitwise_equal(name):
     torch.set_num_threads(2)
     layer = getattr(fused_rnn, name)(I, H, 2, dropout=0.3, bidirectional=True)
