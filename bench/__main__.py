@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from . import attention, doctor, layers, machine, shapes
+from . import options as own_options
 
 # What each measuring command runs: its shapes, and the seconds of timing spent on each row.
 COMMANDS = {
@@ -19,6 +20,7 @@ COMMANDS = {
 
 
 ATTENTION_S = 2.0  # of timing on each row of the attention command
+OPTION_S = 0.8
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, text in (
         ("quick", "the smaller shapes, about a minute on two cores (the default)"),
         ("cpu", "all eight shapes, several minutes"),
+        ("options", "lengths, resets, packed input, bfloat16 and threads against the dense call"),
         ("attention", "additive attention against eager PyTorch and torch.compile of it"),
     ):
         command = commands.add_parser(name, help=text, description=text)
@@ -89,6 +92,11 @@ def _measure(options: argparse.Namespace) -> int:
             what, peer = "against", "peer"
             measured = attention.measure(attention.SHAPES, device, ATTENTION_S, announce)
             total = len(attention.SHAPES) * len(shapes.MODES) * len(attention.peers())
+        elif options.command == "options":
+            what, peer = "option", "dense"
+            measured = own_options.measure(shapes.CELLS, OPTION_S, announce)
+            total = len(own_options.OPTIONS) * len(own_options.SHAPES)
+            total *= len(shapes.MODES) * len(shapes.CELLS)
         else:
             what, peer = "cell", "torch.nn"
             selected, budget_s = COMMANDS[options.command]

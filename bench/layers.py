@@ -53,7 +53,7 @@ def pair(cell: str, mode: str, shape: Shape, device: torch.device) -> timing.Pai
     input = draw(shape.T, shape.B, shape.I)
     states = [(1, shape.B, shape.H)] * (2 if cell == "LSTM" else 1)
     grads = [draw(shape.T, shape.B, shape.H), *(draw(*state) for state in states)]
-    run = {"forward": _forward, "training": _training}[mode]
+    run = RUNS[mode]
     return timing.Pair(
         ours=run(fused_rnn.convert(peer), input, grads),
         peer=run(peer, input, grads),
@@ -123,3 +123,10 @@ def _training(layer: nn.Module, input: Tensor, grads: Sequence[Tensor]) -> timin
         return {**detached, **dict(zip(names, gradients, strict=True))}
 
     return run
+
+
+# From a layer, its input and the gradients of its results to the computation of each mode.
+RUNS: dict[str, Callable[[nn.Module, Tensor, Sequence[Tensor]], timing.Run]] = {
+    "forward": _forward,
+    "training": _training,
+}

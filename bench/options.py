@@ -1,0 +1,136 @@
+"""Our layers against themselves: what ragged time, bfloat16 and a second thread cost or save.
+
+The peer is fused_rnn's dense float32 call with all threads; a row's result is first held against
+the plain PyTorch loop (``fused_rnn.reference``) under the same option. "one thread" is the dense
+call on all threads, and its peer the same call on one.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+import fused_rnn
+from fused_rnn import reference
+
+from . import layers, timing
+from .shapes import MODES, Shape
+
+SHAPES = (
+    Shape(100, 1, 512, 512),
+    Shape(200, 8, 64, 64),
+    Shape(100, 16, 256, 256),
+    Shape(100, 32, 512, 512),
+    Shape(50, 64, 1024, 1024),
+)
+OPTIONS = ("bfloat16", "lengths", "resets", "packed", "one thread")
+
+
+class _Ours(nn.Module):
+    """A layer with keyword arguments; packed input comes as its data, which has a gradient."""
+
+    def __init__(self, layer: nn.Module, batch_sizes: Tensor | None = None, **arguments: Any):
+        super().__init__()
+        self.layer, self.batch_sizes, self.arguments = layer, batch_sizes, arguments
+
+    def forward(self, input: Tensor) -> tuple[Tensor, Any]:
+        if self.batch_sizes is None:
+            return self.layer(input, **self.arguments)
+        output, states = self.layer(PackedSequence(input, self.batch_sizes))
+        return output.data, states
+
+
+class _Loop(_Ours):
+    """The same by the reference."""
+
+    def forward(self, input: Tensor) -> tuple[Tensor, Any]:
+        layer, lengths = self.layer, self.arguments.get("lengths")
+        if self.batch_sizes is not None:
+            input, lengths = pad_packed_sequence(PackedSequence(input, self.batch_sizes))
+        cell = "rnn_tanh" if isinstance(layer, fused_rnn.RNN) else type(layer).__name__.lower()
+        zeros = input.new_zeros((1, input.shape[1], int(layer.hidden_size)))  # type: ignore[arg-type]
+        weight_ih, weight_hh, bias_ih, bias_hh = layer.parameters()
+        weights = reference.Weights(weight_ih, weight_hh, bias_ih, bias_hh, None)
+        output, h_n, c_n, _ = reference.layer(
+            cell, input, zeros, zeros if cell == "lstm" else None, [weights], lengths,
+            self.arguments.get("resets"),
+        )  # fmt: skip
+        output = output.flatten(2)
+        if self.batch_sizes is not None:
+            assert lengths is not None
+            output = pack_padded_sequence(output, lengths).data
+        return output, (h_n, c_n) if c_n is not None else h_n
+
+
+def measure(
+    cells: Sequence[str], budget_s: float, announce: Callable[[str], None]
+) -> Iterator[layers.Row]:
+    """Checks and times every option, cell, shape and mode, ``budget_s`` seconds of timing each."""
+    for option in OPTIONS:
+        for cell in cells:
+            for shape in SHAPES:
+                for mode in MODES:
+                    announce(f"{cell} {option} {mode} {shape}")
+                    against_reference, against_dense = _pairs(option, cell, mode, shape)
+                    check = timing.check(against_reference)
+                    time = timing.interleave(against_dense, budget_s) if check.passed else None
+                    dtype = "bfloat16" if option == "bfloat16" else "float32"
+                    yield layers.Row(f"{cell} {option}", mode, shape, "cpu", dtype, check, time)
+
+
+def _pairs(option: str, cell: str, mode: str, shape: Shape) -> tuple[timing.Pair, timing.Pair]:
+    T, B, I, H = shape  # noqa: E741
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*sizes: int) -> Tensor:
+        return torch.randn(sizes, generator=generator)
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        layer: nn.Module = getattr(fused_rnn, cell)(I, H)
+    dense = draw(T, B, I)
+    states = [draw(1, B, H) for _ in range(2 if cell == "LSTM" else 1)]
+    grads = [draw(T, B, H), *states]
+    lengths = torch.randint(T // 2, T + 1, (B,), generator=generator).sort(descending=True).values
+    lengths[0] = T
+    arguments: dict[str, Any] = {
+        "lengths": {"lengths": lengths},
+        "resets": {"resets": torch.rand(T, B, generator=generator) < 0.02},
+    }.get(option, {})
+    input, batch_sizes = dense, None
+    if option == "packed":
+        input, batch_sizes, *_ = pack_padded_sequence(dense, lengths)
+        grads = [pack_padded_sequence(grads[0], lengths).data, *states]
+    dtype = torch.bfloat16 if option == "bfloat16" else torch.float32
+    make = layers.RUNS[mode]
+
+    def run(kind: type[_Ours], dtype: torch.dtype) -> timing.Run:
+        # The same numbers in every dtype: those that the option's own can hold.
+        given = [t.to(own).to(dtype) for t in (input, *grads)]
+        mine = copy.deepcopy(layer).to(own).to(dtype)
+        return make(kind(mine, batch_sizes, **arguments), given[0], given[1:])
+
+    own = dtype
+    ours, device = run(_Ours, dtype), torch.device("cpu")
+    checked = timing.Pair(ours, run(_Loop, dtype), run(_Loop, torch.float64), device)
+    plain = make(_Ours(layer), dense, [draw(T, B, H), *states])
+    if option == "one thread":
+        plain = _on_one_thread(plain)
+    return checked, timing.Pair(ours, plain, checked.exact, device)
+
+
+def _on_one_thread(run: timing.Run) -> timing.Run:
+    def alone() -> timing.Results:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return run()
+        finally:
+            torch.set_num_threads(threads)
+
+    return alone

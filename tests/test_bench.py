@@ -1,0 +1,56 @@
+"""What the benchmark's commands measure is right, and its checks can fail."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+pytest.importorskip("rich")
+
+from fused_rnn.bench import layers, options, report, timing
+from fused_rnn.bench.shapes import CELLS, MODES, Shape
+
+SHAPE = Shape(6, 3, 5, 20)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("option", options.OPTIONS)
+def test_every_option_is_checked(option: str, cell: str, mode: str) -> None:
+    checked, timed = options._pairs(option, cell, mode, SHAPE)
+    check = timing.check(checked)
+    assert check.passed, str(check)
+    for run in (timed.ours, timed.peer):
+        assert all(torch.isfinite(result).all() for result in run().values())
+
+    def wrong() -> timing.Results:
+        return {name: result * 1.1 for name, result in checked.ours().items()}
+
+    assert not timing.check(dataclasses.replace(checked, ours=wrong)).passed
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_operations_are_counted(cell: str) -> None:
+    """Against the sizes of the weights themselves."""
+    layer = getattr(torch.nn, cell)(SHAPE.I, SHAPE.H, bias=False)
+    weights = sum(p.numel() for p in layer.parameters())
+    forward = 2 * SHAPE.T * SHAPE.B * weights
+    assert layers.product_flops(cell, "forward", SHAPE) == forward
+    assert layers.product_flops(cell, "training", SHAPE) == 3 * forward
+
+
+def test_table_shows_operations_and_their_share() -> None:
+    check = timing.Check(True, "output", 0.0, 0.0, 1.0)
+    time = timing.Timing(0.5, 1.0, 2.0, 2.0, 2.0, 5, 1)
+    rows = [
+        layers.Row("LSTM", mode, SHAPE, "cpu", "float32", check, time, flops=int(3e9))
+        for mode in MODES
+    ]
+    console = report.console()
+    console.width = 100
+    with console.capture() as capture:
+        console.print(report.table(rows, "cell", "torch.nn", 12e9))
+    line = next(text for text in capture.get().splitlines() if "6,3,5,20" in text)
+    assert line.split() == ["LSTM", "6,3,5,20", *(["500.0", "2.00", "6", "50"] * 2)]
