@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import unwrap_dead_wrappers
+from torch._C._functorch import unwrap_if_dead
 
 from . import ops, reference
 from .reference import Weights
@@ -46,10 +46,8 @@ def run_layer(
     if torch.is_grad_enabled() and (
         input.requires_grad or any([t.requires_grad for t in (*weights, *states)])
     ):
-        results = _apply_layer(
-            cell, has_biases, lanes, want_cells, len(states), lengths, batch_sizes, resets, input,
-            *states, *weights,
-        )  # fmt: skip
+        constants = (cell, has_biases, lanes, want_cells, len(states))
+        results = _apply_layer(*constants, lengths, batch_sizes, resets, input, *states, *weights)
         return results[: _wanted_results(cell, want_cells)]
     return ops.forward_op(cell)(
         input, states, weights, has_biases, lengths, batch_sizes, resets, lanes, lanes, False,
@@ -98,28 +96,32 @@ class Layer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        output, *tensors = ctx.saved_tensors
-        saved, tensors = tensors[: ctx.saved_count], tensors[ctx.saved_count :]
-        lengths, batch_sizes, resets, input, *tensors = tensors
-        states, weights = tensors[: ctx.state_count], tensors[ctx.state_count :]
+        tensors = ctx.saved_tensors
+        begin = 1 + ctx.saved_count  # of the arguments that are tensors
+        end = begin + 4 + ctx.state_count  # of the states among them
+        output, saved = tensors[0], tensors[1:begin]
+        lengths, batch_sizes, resets, input = tensors[begin : begin + 4]
+        states, weights = tensors[begin + 4 : end], tensors[end:]
         # Compiled graphs hand over gradients even for outputs marked as having none.
-        has_c, want_cells = ops.CELLS[ctx.cell].has_c, ctx.want_cells
-        grad_output, grad_h_n = grads[:2]
-        grad_c_n = grads[2] if has_c else None
-        grad_cells = grads[3] if want_cells else None
+        grad_output, grad_h_n = grads[0], grads[1]
+        grad_c_n = grads[2] if ops.CELLS[ctx.cell].has_c else None
+        grad_cells = grads[3] if ctx.want_cells else None
         given = (grad_output, grad_h_n, grad_c_n, grad_cells)
-        if all(grad is None for grad in given):
-            return (None,) * len(ctx.needs_input_grad)
+        needs = ctx.needs_input_grad
+        if grad_output is None and grad_h_n is None and grad_c_n is None and grad_cells is None:
+            return (None,) * len(needs)
         if torch.is_grad_enabled():
             return _differentiable_backward(
                 ctx, given, input, states, weights, lengths, batch_sizes, resets
             )
-        need_input, *needs = ctx.needs_input_grad[8:]
-        need_states, need_weights = any(needs[: len(states)]), any(needs[len(states) :])
+        need_input = needs[8]
+        need_states, need_weights = any(needs[9 : 9 + len(states)]), any(needs[9 + len(states) :])
         found = ops.backward_op(ctx.cell)(
             *given, input, states, weights, ctx.has_biases, lengths, batch_sizes, resets, ctx.lanes,
             ctx.lanes, output, saved, need_input, need_states, need_weights,
         )  # fmt: skip
+        if need_input and need_weights and need_states == bool(states):
+            return (*(None,) * 8, *found)
         begin = int(need_input)
         end = begin + (len(states) if need_states else 0)
         return (
@@ -141,7 +143,8 @@ def _apply_layer(*args: Any) -> tuple[Tensor, ...]:
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return Layer.apply(*args)
-    return _apply_base(*unwrap_dead_wrappers(args))
+    # As Function.apply does: tensors may have outlived the transform that wrapped them.
+    return _apply_base(*[unwrap_if_dead(a) if isinstance(a, Tensor) else a for a in args])
 
 
 def _differentiable_backward(
