@@ -1187,6 +1187,7 @@ PYBIND11_MODULE(_C, module) {
         return supported;
       },
       "The CPU engine's compiled instruction sets, best first, and which this machine supports.");
+  module.attr("reserve_block") = fused_rnn::Reserve::block;
   module.def("keep_scratch", fused_rnn::binding::Scratch::keep,
              "Sets how many bytes of scratch memory the CPU engine may keep between calls (64 MiB "
              "unless told), frees what it keeps, and returns the number before.");

@@ -256,22 +256,18 @@ def run(
     if resets is not None:
         resets = _check_resets(resets, T, _batch_size(input, batch_sizes), input, batch_first)
     lanes = 2 if bidirectional else 1
+    layers = (cell, input, states, params, has_biases, num_layers, lanes, batch_sizes)
+    options = (lengths, resets, dropout if train else 0.0, return_cells)
     if _is_plain_on_cpu(input):
         # The CPU's ops check whatever they are given, but know nothing of layers and their names.
         try:
-            results = _layers(
-                cell, input, states, params, has_biases, num_layers, lanes, lengths, resets,
-                dropout if train else 0.0, return_cells, batch_sizes,
-            )  # fmt: skip
+            results = _layers(*layers, *options)
         except RuntimeError:
-            _check(cell, input, states, params, has_biases, num_layers, lanes, batch_sizes)
+            _check(*layers)
             raise
     else:
-        _check(cell, input, states, params, has_biases, num_layers, lanes, batch_sizes)
-        results = _layers(
-            cell, input, states, params, has_biases, num_layers, lanes, lengths, resets,
-            dropout if train else 0.0, return_cells, batch_sizes,
-        )  # fmt: skip
+        _check(*layers)
+        results = _layers(*layers, *options)
     if batch_first or return_cells or given is not None:
         output, *final = results
         if return_cells:
@@ -307,11 +303,11 @@ def _layers(
     has_biases: bool,
     num_layers: int,
     lanes: int,
+    batch_sizes: Tensor | None,
     lengths: Tensor | None,
     resets: Tensor | None,
     dropout: float,
     want_cells: bool,
-    batch_sizes: Tensor | None,
 ) -> Sequence[Tensor]:
     """``run_layer`` for layers over each other; the cells are those of the last."""
     if num_layers == 1:

@@ -32,7 +32,7 @@ CELLS: dict[str, CellTraits] = {
     name: CellTraits(name, **traits) for name, traits in _C.cells().items()
 }
 
-RESERVE_BLOCK = 16  # units that lie side by side in what the CPU engine saves
+RESERVE_BLOCK = _C.reserve_block  # units that lie side by side in what the CPU engine saves
 
 
 def _overloads(suffix: str) -> dict[str, OpOverload]:

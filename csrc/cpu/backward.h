@@ -40,8 +40,11 @@ class Backward {
     C* sums;       // [lane][rows][columns], unless S is C and the result itself holds them
     C* bias_sums;  // [lane][strip][lane of vector], or null
 
-    void take_memory(Arena& arena, int64_t lanes, int64_t words, bool with_sums, bool with_bias) {
-      strips = arena.take<Value>(lanes * strip_count() * words * vector_values);
+    // A gradient of the same rows as another's has its strips from there.
+    void take_memory(Arena& arena, int64_t lanes, int64_t words, const Gradient* same_rows,
+                     bool with_sums, bool with_bias) {
+      strips = same_rows ? same_rows->strips
+                         : arena.take<Value>(lanes * strip_count() * words * vector_values);
       column_panels =
           arena.take<Value>(lanes * panel_count() * words * column_vectors * vector_values);
       sums = with_sums ? arena.take<C>(lanes * rows * columns) : nullptr;
@@ -115,17 +118,17 @@ class Backward {
     d_h_state = arena.take<C>(p.L * p.B * h_width);
     if (Cell::has_c) d_c_state = arena.take<C>(p.L * p.B * c_width);
     if (p.projected) d_output_state = arena.take<Value>(p.L * p.B * d_output_width);
-    places = arena.take<Place>(p.L * parts * chunks.capacity);
     if (!multiplies()) return;
+    places = arena.take<Place>(p.L * parts * chunks.capacity);
     d_hidden_rows = d_input_rows = arena.take<Value>(p.L * chunks.capacity * gates_width);
     if (Cell::split_gates) d_hidden_rows = arena.take<Value>(p.L * chunks.capacity * gates_width);
     if (gradient_count == 3)
       d_output_rows = arena.take<Value>(p.L * chunks.capacity * d_output_width);
     const bool with_bias = p.weights[0].bias_ih;
     for (int i = 0; i < gradient_count; ++i)
-      gradient[i].take_memory(arena, p.L, word_count<E>(chunks.capacity), !std::is_same_v<S, C>,
-                              with_bias && (i == 0 || (i == 1 && Cell::split_gates)));
-    if (!Cell::split_gates) gradient[1].strips = gradient[0].strips;
+      gradient[i].take_memory(arena, p.L, word_count<E>(chunks.capacity),
+                              packs_strips(i) ? nullptr : &gradient[0], !std::is_same_v<S, C>,
+                              with_bias && i < 2 && packs_strips(i));
     if (p.d_input) other_d_inputs = arena.take<C>((p.L - 1) * p.T * p.B * p.I);
   }
 
@@ -138,6 +141,8 @@ class Backward {
     int64_t t, b;
   };
 
+  // Unless the cell splits its gates, the first two weights have the same d_gates.
+  static constexpr bool packs_strips(int g) { return g != 1 || Cell::split_gates; }
   bool multiplies() const { return p.d_input || gradient_count; }
   int64_t phases_per_step() const { return p.projected ? 2 : 1; }
   int64_t recurrence_phases() const {
@@ -319,13 +324,15 @@ class Backward {
   }
 
   // Every part keeps its own list, so that none waits for another's.
+  Place* places_of(const Part& part) const {
+    return places + (part.lane * parts + part.index) * chunks.capacity;
+  }
   const Place* find_places(const Part& part, int64_t chunk) {
-    Place* const list = places + (part.lane * parts + part.index) * chunks.capacity;
-    Place* at = list;
+    Place* at = places_of(part);
     const auto times = times_of(part.lane, chunk);
     for (int64_t t = times.begin; t < times.end; ++t)
       for (int64_t i = 0; i < everything.active_end(0, t); ++i) *at++ = {t, everything.row(i)};
-    return list;
+    return places_of(part);
   }
 
   // Packs this part's share of the columns: what the weights were multiplied with.
@@ -371,14 +378,14 @@ class Backward {
     const int64_t rows = rows_of(part.lane, chunk);
     if (p.d_input) multiply_d_input(part, rows);
     for (int g = 0; g < gradient_count; ++g) {
-      if (g == 0 || g == 2 || Cell::split_gates) pack_strips(part, gradient[g], rows);
+      if (packs_strips(g)) pack_strips(part, gradient[g], rows);
       multiply_strips(part, g, rows, chunk == 0);
     }
   }
 
   void multiply_d_input(const Part& part, int64_t rows) {
     const int64_t lane = part.lane;
-    const Place* place = places + (lane * parts + part.index) * chunks.capacity;
+    const Place* place = places_of(part);
     const Value* d_gates = d_input_rows + lane * chunks.capacity * gates_width;
     const bool by_panels = input_panels.count >= parts;
     const Share panels(input_panels.count, by_panels ? part.index : 0, by_panels ? parts : 1);

@@ -105,8 +105,7 @@ class Forward {
     return input_rows + (part.team * chunks.capacity + row) * x_width;
   }
   C* gates_of_panel(const Part& part, int64_t panel) const {
-    return input_gates +
-           (part.team * input_panels.count + panel) * chunks.capacity * GatePanels::W * V::size;
+    return input_gates + (part.team * input_panels.count + panel) * chunks.capacity * row_size;
   }
 
   static const S* as_s(const void* data) { return static_cast<const S*>(data); }
