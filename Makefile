@@ -17,7 +17,7 @@ BIN := $(VENV)/bin
 # Where torch finds ninja; without it the extension is built without, one file at a time.
 export PATH := $(abspath $(BIN)):$(PATH)
 SOURCES := $(shell find csrc -type f)
-FORMATTED := $(filter %.h %.cpp %.cu %.cuh,$(SOURCES))
+FORMATTED := $(filter %.h %.cpp %.cu %.cuh,$(SOURCES) $(shell find tests -type f))
 
 .PHONY: demo test lint clean
 .DELETE_ON_ERROR:

@@ -28,6 +28,9 @@
 #define FUSED_RNN_PER_STEP
 #include "cuda/per_step.h"
 #endif
+#ifdef FUSED_RNN_CUDA_ON_CPU
+#include "cuda_on_cpu/arguments.h"
+#endif
 
 // tests/test_cuda_on_cpu.py builds this file a second time, with the CUDA kernels compiled for the CPU
 // (FUSED_RNN_CUDA_ON_CPU) and another name for the ops.
@@ -72,11 +75,15 @@ std::string shape_string(const Tensor& tensor) {
   return text + ")";
 }
 
-void check_shape(const char* name, const Tensor& tensor, Sizes expected, const char* letters) {
+bool has_shape(const Tensor& tensor, Sizes expected) {
   bool same = tensor.dim() == static_cast<int64_t>(expected.size());
   for (size_t i = 0; same && i < expected.size(); ++i)
     same = tensor.size(static_cast<int64_t>(i)) == expected[i];
-  if (same) return;
+  return same;
+}
+
+void check_shape(const char* name, const Tensor& tensor, Sizes expected, const char* letters) {
+  if (has_shape(tensor, expected)) return;
   std::string text;
   for (const int64_t size : expected) text += (text.empty() ? "" : ", ") + std::to_string(size);
   STD_TORCH_CHECK(false, "Expected ", name, " of shape ", letters, " = (", text, "), got ",
@@ -85,12 +92,37 @@ void check_shape(const char* name, const Tensor& tensor, Sizes expected, const c
 
 const char* dtype_name(ScalarType type) { return torch::headeronly::toString(type); }
 
-void check_like(const char* name, const Tensor& tensor, const Tensor& like, ScalarType dtype) {
-  STD_TORCH_CHECK(tensor.scalar_type() == dtype, "Expected ", name, " of dtype ", dtype_name(dtype),
-                  ", got ", dtype_name(tensor.scalar_type()));
+// What a tensor holds and where, in torch's numbers: stable::Tensor takes longer to translate them than
+// a small layer's checks may.
+struct Kind {
+  int32_t dtype, device_type, device_index;
+  explicit Kind(const Tensor& tensor) {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &device_type));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &device_index));
+  }
+};
+
+int32_t dtype_number(ScalarType dtype) {
+  return torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+}
+
+void check_kind(const char* name, const Tensor& tensor, const Kind& expected) {
+  const Kind kind(tensor);
+  const auto dtype_of = [](const Kind& of) {
+    return dtype_name(torch::stable::detail::to<ScalarType>(torch::stable::detail::from(of.dtype)));
+  };
+  STD_TORCH_CHECK(kind.dtype == expected.dtype, "Expected ", name, " of dtype ", dtype_of(expected),
+                  ", got ", dtype_of(kind));
   STD_TORCH_CHECK(
-      tensor.is_cuda() == like.is_cuda() && tensor.get_device_index() == like.get_device_index(),
+      kind.device_type == expected.device_type && kind.device_index == expected.device_index,
       "Expected ", name, " on the same device as the other arguments");
+}
+
+void check_like(const char* name, const Tensor& tensor, const Tensor& like, ScalarType dtype) {
+  Kind expected(like);
+  expected.dtype = dtype_number(dtype);
+  check_kind(name, tensor, expected);
 }
 
 DType storage_type(const char* name, const Tensor& tensor) {
@@ -161,29 +193,34 @@ OptionalTensor with_contiguous_units(const OptionalTensor& tensor) {
 // Allocates results beside `like`; `zeroed` where ragged rows leave steps unwritten.
 class Results {
  public:
-  Results(const Tensor& like, bool zeroed) : like_(like), zeroed_(zeroed) {
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type_));
+  Results(const Tensor& like, bool zeroed) : like_(like), kind_(like), zeroed_(zeroed) {
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(like.get(), &layout_));
   }
 
   Tensor operator()(Sizes shape, ScalarType dtype) const {
-    if (zeroed_) return torch::stable::new_zeros(like_, shape, dtype);
-    // stable::new_empty looks its op up by name; this takes half as long.
-    int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-    int32_t layout = layout_, device_type = device_type_;
-    AtenTensorHandle handle;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(
-        like_.get(), shape.data(), static_cast<int64_t>(shape.size()), &type, &layout, &device_type,
-        like_.get_device_index(), nullptr, &handle));
-    return Tensor(handle);
+    return zeroed_ ? torch::stable::new_zeros(like_, shape, dtype)
+                   : empty(shape, dtype_number(dtype));
   }
-  Tensor operator()(Sizes shape) const { return (*this)(shape, like_.scalar_type()); }
+  Tensor operator()(Sizes shape) const {
+    return zeroed_ ? torch::stable::new_zeros(like_, shape) : empty(shape, kind_.dtype);
+  }
   Tensor none() const { return (*this)({0}); }
 
  private:
+  // stable::new_empty looks its op up by name; this takes half as long.
+  Tensor empty(Sizes shape, int32_t dtype) const {
+    int32_t layout = layout_, device_type = kind_.device_type;
+    AtenTensorHandle handle;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(
+        like_.get(), shape.data(), static_cast<int64_t>(shape.size()), &dtype, &layout,
+        &device_type, kind_.device_index, nullptr, &handle));
+    return Tensor(handle);
+  }
+
   const Tensor& like_;
+  const Kind kind_;
   const bool zeroed_;
-  int32_t device_type_, layout_;
+  int32_t layout_;
 };
 
 // ---- engines -----------------------------------------------------------------------------------------
@@ -301,7 +338,13 @@ void run_per_step(const CellTraits& cell, const Params& p, const Tensor& like) {
         return scratch.back().data_ptr();
       },
       [&](const cuda::Product& product) { return prepare_product(product, like); }};
+#ifdef FUSED_RNN_CUDA_ON_CPU
+  const cuda_on_cpu::Arguments watched(p, cell.gates, cell.saved, host);
+  cuda::run_per_step(cuda::CellId(cell.index), p, watched.host);
+  watched.check_results();
+#else
   cuda::run_per_step(cuda::CellId(cell.index), p, host);
+#endif
 }
 #endif
 
@@ -353,7 +396,7 @@ struct Ragged {
 void check_state(const char* name, const OptionalTensor& state, const Tensor& like, int64_t L,
                  int64_t B, int64_t n, const char* letters) {
   if (!state) return;
-  check_like(name, *state, like, like.scalar_type());
+  check_kind(name, *state, Kind(like));
   check_shape(name, *state, {L, B, n}, letters);
 }
 
@@ -422,6 +465,7 @@ class Time {
 
   void check(const char* name, const Tensor& tensor, std::initializer_list<int64_t> tail,
              const char* letters) const {
+    if (has_shape(tensor, shape(tail))) return;
     check_shape(name, tensor, shape(tail),
                 ((packed() ? "(N, " : "(T, B, ") + std::string(letters) + ")").c_str());
   }
@@ -470,6 +514,7 @@ class Time {
 // What both ops take: checked, laid out as the engine reads it, and kept alive.
 struct LayerArguments {
   Tensor input;
+  const Kind kind;  // of input
   TensorList states, weights;
   Time time;
   Ragged ragged;
@@ -481,6 +526,7 @@ struct LayerArguments {
                  const OptionalTensor& batch_sizes, const OptionalTensor& resets,
                  int64_t lane_count, int64_t directions, Params& p)
       : input(input_in),
+        kind(input),
         states(std::move(states_in)),
         weights(std::move(weights_in)),
         time(input, batch_sizes),
@@ -557,7 +603,7 @@ struct LayerArguments {
   }
 
   const void* take(const char* name, Tensor& tensor, Sizes shape, const char* letters) const {
-    check_like(name, tensor, input, input.scalar_type());
+    check_kind(name, tensor, kind);
     check_shape(name, tensor, shape, letters);
     tensor = as_contiguous(tensor);
     return tensor.const_data_ptr();
@@ -694,15 +740,15 @@ TensorList backward(const CellTraits& cell, OptionalTensor grad_output, Optional
 void check_recurrent_weights(const CellTraits& cell, const Tensor& like, const Tensor& weight_hh,
                              const OptionalTensor& bias_hh, const OptionalTensor& weight_hr,
                              const Shape& p) {
-  check_like("weight_hh", weight_hh, like, like.scalar_type());
+  check_kind("weight_hh", weight_hh, Kind(like));
   check_shape("weight_hh", weight_hh, {p.L, cell.gates * p.H, p.P}, "(L, G*H, P)");
   if (bias_hh) {
-    check_like("bias_hh", *bias_hh, like, like.scalar_type());
+    check_kind("bias_hh", *bias_hh, Kind(like));
     check_shape("bias_hh", *bias_hh, {p.L, cell.gates * p.H}, "(L, G*H)");
   }
   if (weight_hr) {
     STD_TORCH_CHECK(cell.has_c, "weight_hr: only lstm has a projection, not ", cell.name);
-    check_like("weight_hr", *weight_hr, like, like.scalar_type());
+    check_kind("weight_hr", *weight_hr, Kind(like));
     check_shape("weight_hr", *weight_hr, {p.L, p.P, p.H}, "(L, P, H)");
   } else {
     STD_TORCH_CHECK(p.P == p.H, "Expected weight_hh of shape (L, G*H, H) = (", p.L, ", ",

@@ -3,13 +3,21 @@
 ``csrc/cuda/device.cuh`` has a host twin of everything that kernels use. Here the unmodified ``.cu``
 file and the binding are built as C++, the ops registered under another name, and every
 configuration is run through them: kernels, the engine's loop, the binding that serves it, and
-``fused_rnn/composed.py``, which makes layers of it.
+``fused_rnn/composed.py``, which makes layers of it. ``tests/cuda_on_cpu`` runs the kernels with an
+eye on every load and store: an access beyond a tensor, a read of what nothing wrote, a race, a
+result left unwritten is an error.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import itertools
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import native
@@ -26,27 +34,18 @@ GATES = {name: traits.gates for name, traits in ops.CELLS.items()}
 @pytest.fixture(scope="module", autouse=True)
 def per_step():
     """Routes the library's calls to the CUDA sources for the length of this module."""
-    flags = ["-std=c++17", "-O1", "-g0", "-fPIC", "-Wno-psabi", "-fvisibility=hidden"]
-    defines = ["-DFUSED_RNN_CUDA_ON_CPU", "-DFUSED_RNN_NAMESPACE=fused_rnn_cuda_on_cpu"]
-    base = [native.cxx(), *flags]
-    cpu = sorted(str(p) for p in (native.CSRC / "cpu").glob("*.cpp"))
-    library = native.shared_library(
-        "cuda_on_cpu",
-        [
-            [*base, *native.torch_flags(), *defines, "-c", "csrc/binding.cpp"],
-            [*base, "-x", "c++", "-c", "csrc/cuda/per_step.cu"],
-            *([*base, "-c", source] for source in cpu),
-        ],
-        native.torch_link_flags(),
-    )
+    patch = pytest.MonkeyPatch()
+    yield load(native.engines_on_cpu(), patch)
+    patch.undo()
+
+
+def load(library: Path, patch: pytest.MonkeyPatch) -> ctypes.CDLL:
     torch.ops.load_library(str(library))
     for traits in ops.CELLS.values():
         ops.compose_layer(traits, "fused_rnn_cuda_on_cpu", "CPU")
-    patch = pytest.MonkeyPatch()
     for direction in ("forward", "backward"):
         patch.setattr(ops, f"{direction}_op", functools.partial(named_op, direction))
-    yield
-    patch.undo()
+    return ctypes.CDLL(str(library))
 
 
 def named_op(name: str, cell: str) -> Any:
@@ -129,27 +128,31 @@ def run_per_step(**case) -> tuple:
 
 
 SHAPES = [(1, 1, 1), (4, 3, 5), (3, 2, 130)]
-CONFIGURATIONS = [
-    (cell, *shape, directions, projection, bias, ragged, resets)
-    for cell in GATES
-    for shape, directions, projection, bias, ragged, resets in itertools.product(
-        SHAPES, (1, 2), (0, 2), (True, False), (False, True), (False, True)
-    )
-    if not projection or (cell == "lstm" and projection < shape[2])
-]
+
+
+def configurations(cell: str, shapes: list[tuple[int, int, int]]) -> list[tuple]:
+    return [
+        (cell, *shape, directions, projection, bias, ragged, resets)
+        for shape, directions, projection, bias, ragged, resets in itertools.product(
+            shapes, (1, 2), (0, 2), (True, False), (False, True), (False, True)
+        )
+        if not projection or (cell == "lstm" and projection < shape[2])
+    ]
 
 
 @pytest.mark.parametrize("cell", GATES)
 def test_float64_equals_reference(cell):
     """Every combination of features, values and all gradients."""
-    for configuration in CONFIGURATIONS:
-        if configuration[0] != cell:
-            continue
+    compare_with_reference(cell, SHAPES)
+
+
+def compare_with_reference(cell: str, shapes: list[tuple[int, int, int]]) -> None:
+    for configuration in configurations(cell, shapes):
         case = make_case(*configuration)
         ours, exact = results(case, run_per_step), results(case, run_reference)
-        assert len(ours) == len(exact)
-        for a, b in zip(ours, exact, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10, msg=str(configuration))
+        for i, (a, b) in enumerate(zip(ours, exact, strict=True)):
+            what = f"result {i} of {configuration}: "
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10, msg=what.__add__)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -176,10 +179,83 @@ def test_other_dtypes_obey_the_tolerance_rule(cell, dtype):
         assert error <= max(2 * (b.double() - e).abs().max().item(), floor)
 
 
-def test_bitwise_repeatable():
-    case = make_case("lstm", 5, 3, 9, 2, 4, True, True, True, torch.float32)
-    first, second = results(case, run_per_step), results(case, run_per_step)
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("cell", GATES)
+def test_same_bits_under_any_schedule(per_step, cell, dtype):
+    """Twenty schedules; among the shapes one of two blocks along the units."""
+    for H, projection in ((9, 4 if cell == "lstm" else 0), (130, 0)):
+        case = make_case(cell, 3, 3, H, 2, projection, True, True, True, dtype)
+        expected = results(case, run_per_step)
+        for seed in range(20):
+            per_step.cuda_on_cpu_seed(ctypes.c_uint64(seed))
+            found = results(case, run_per_step)
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), seed
+
+
+# What stands in per_step.cu, what stands there when {planted}, and what is then said.
+PER_STEP = native.CSRC / "cuda" / "per_step.cu"
+FAULTS = [
+    (
+        "if (unit >= p.H) return;\n  const S* bias",
+        "if (unit >= p.H + {planted}) return;\n  const S* bias",
+        r"out of bounds: read of 8 bytes, \d+ past '(input_gates|scratch).*\n"
+        r"  by thread \d+ .*csrc/cuda/per_step.cu:\d+ in forward_kernel",
+    ),
+    (
+        "Memory<V>::load(product + g * p.H, 1);",
+        "Memory<V>::load(product + ({planted} ? Cell::gates - 1 - g : g) * p.H, 1);",
+        r"result 0 of \('lstm', .*Tensor-likes are not close",
+    ),
+    (
+        "set_zero(state.d_gates, rows * gate_rows * sizeof(S), stream);",
+        "if (!{planted}) set_zero(state.d_gates, rows * gate_rows * sizeof(S), stream);",
+        r"a product reads 'scratch' byte 0, which nothing has written",
+    ),
+    (
+        "if (t >= row_length(p, b)) continue;\n    const RowStep row = row_step(p, lane, b, t);\n"
+        "    const V d_h",
+        "if (t >= row_length(p, b) + {planted}) continue;\n"
+        "    const RowStep row = row_step(p, lane, b, t);\n    const V d_h",
+        r"out of bounds: .*\n  by thread \d+ .* in backward_kernel",
+    ),
+    (
+        "state_at<S>(p.d_hx, p.B, p.P, lane, b) + unit, 1);",
+        "state_at<S>(p.d_hx, p.B, p.P, lane, b) + (unit + {planted}) % p.P, 1);",
+        r"the caller reads 'd_hx' byte|race on 'd_hx'|result \d+ of \('lstm', .*not close",
+    ),
+]
+
+
+def test_planted_faults_are_found():
+    """In a process of its own: the ops of a changed engine bear the same names."""
+    source = PER_STEP.read_text()
+    for number, (old, new, _) in enumerate(FAULTS, 1):
+        assert source.count(old) == 1, old
+        source = source.replace(old, new.replace("{planted}", f"(planted == {number})"))
+    library = native.engines_on_cpu(native.planted(PER_STEP, source))
+    script = f"import test_cuda_on_cpu as t; t.print_faults({str(library)!r})"
+    run = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent,
+                         capture_output=True, text=True)  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    *messages, none = json.loads(run.stdout)
+    assert none is None, none
+    for (_, new, expected), message in zip(FAULTS, messages, strict=True):
+        assert message is not None, f"not found: {new}"
+        assert re.search(expected, message), message
+
+
+def print_faults(library: str) -> None:
+    """What each fault does to the lstm, and what happens without any."""
+    engines = load(Path(library), pytest.MonkeyPatch())
+    messages = []
+    for number in (*range(1, len(FAULTS) + 1), 0):
+        engines.plant(number)
+        try:
+            compare_with_reference("lstm", SHAPES[1:2])
+            messages.append(None)
+        except (RuntimeError, AssertionError) as error:
+            messages.append(str(error))
+    print(json.dumps(messages))
 
 
 def test_empty_batch_and_time():

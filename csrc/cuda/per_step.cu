@@ -13,8 +13,6 @@
 // step in the compute type. All of it is on one stream, without a word to the host.
 #include "per_step.h"
 
-#include <cstring>
-
 #include "../cells/cells.h"
 #include "../dtype.h"
 #include "../step.h"
@@ -42,6 +40,11 @@ struct BackwardState {
   S* d_output;       // (L, B, P): whole gradient of the projected h
   S* d_unprojected;  // (L, B, H): d_output W_hr
 };
+
+DEVICE int64_t unit_index() { return int64_t(block_index().x) * block_size() + thread_index(); }
+DEVICE int64_t row_index() { return block_index().y; }
+DEVICE int64_t row_stride() { return grid_size().y; }
+DEVICE int64_t lane_index() { return block_index().z; }
 
 template <class T>
 HOST_DEVICE T* at(T* state, int64_t B, int64_t n, int64_t lane, int64_t b) {
@@ -191,9 +194,11 @@ constexpr unsigned threads_per_block = 128;
 constexpr int64_t max_grid_rows = 65535;
 
 Grid grid_over(const Shape& p, int64_t units) {
-  return {static_cast<unsigned>((units + threads_per_block - 1) / threads_per_block),
-          static_cast<unsigned>(p.B < max_grid_rows ? p.B : max_grid_rows),
-          static_cast<unsigned>(p.L), threads_per_block};
+  const int64_t blocks = (units + threads_per_block - 1) / threads_per_block;
+  return {{static_cast<unsigned>(blocks),
+           static_cast<unsigned>(p.B < max_grid_rows ? p.B : max_grid_rows),
+           static_cast<unsigned>(p.L)},
+          threads_per_block};
 }
 
 template <class T>

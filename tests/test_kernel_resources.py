@@ -1,0 +1,147 @@
+"""Every CUDA kernel compiles for every target, without spills, and takes no more than it did."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import kernel_resources
+import pytest
+from kernel_resources import TARGETS, UPDATE, Kernel, changed, spilling
+
+needs_nvcc = pytest.mark.skipif(
+    kernel_resources.nvcc() is None, reason="no nvcc: the CUDA sources are not compiled here"
+)
+
+
+@pytest.fixture(scope="module")
+def found() -> kernel_resources.Resources:
+    return kernel_resources.measure(kernel_resources.cuda_sources())
+
+
+@needs_nvcc
+def test_no_kernel_spills(found):
+    print(kernel_resources.table(found))
+    assert all(found[target] for target in TARGETS)
+    assert not spilling(found)
+
+
+@needs_nvcc
+def test_no_kernel_takes_more_than_it_did(found):
+    release, baseline = kernel_resources.read_baseline()
+    if kernel_resources.release() != release:
+        pytest.skip(f"{kernel_resources.BASELINE.name} is of nvcc {release}")
+    complaints = changed(found, baseline)
+    assert not complaints, "\n".join([*complaints, UPDATE])
+
+
+@needs_nvcc
+def test_the_test_kernels_compile_without_spills():
+    source = Path(__file__).parent / "cuda_on_cpu" / "kernels.cu"
+    found = kernel_resources.measure([source])
+    assert all(found[target] for target in TARGETS)
+    assert not spilling(found)
+
+
+# How reports are read and compared
+
+REPORT = """
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '{kernel}' for 'sm_80'
+ptxas info    : Function properties for {kernel}
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 40 registers, used 1 barriers, 3072 bytes smem, 384 bytes cmem[0]
+ptxas info    : Compile time = 10.238 ms
+ptxas info    : Compiling entry function '{kernel}' for 'sm_90a'
+ptxas info    : Function properties for {kernel}
+    16 bytes stack frame, 8 bytes spill stores, 4 bytes spill loads
+ptxas info    : Function properties for other
+    32 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 255 registers, used 0 barriers, 384 bytes cmem[0]
+"""
+SYMBOL = (
+    "_ZN9fused_rnn4cuda44_GLOBAL__N__ba48c1a8_11_per_step_cu_c054f8d013finish_kernelI"
+    "NS_3RnnINS_14TanhActivationEEENS_4HalfEEEvNS_24RecurrenceBackwardParamsE"
+    "NS1_13BackwardStateIT0_EE"
+)
+NAME = "file/finish_kernel<rnn_tanh, fp16>"
+KERNELS = {target: {"file/a": Kernel(40, 1024), "file/b": Kernel(32)} for target in TARGETS}
+
+
+def with_kernel(target: str, name: str, **changes: int) -> kernel_resources.Resources:
+    kernel = dataclasses.replace(KERNELS[target].get(name, Kernel(1)), **changes)
+    return {**KERNELS, target: {**KERNELS[target], name: kernel}}
+
+
+def without_kernel(target: str, name: str) -> kernel_resources.Resources:
+    return {**KERNELS, target: {k: v for k, v in KERNELS[target].items() if k != name}}
+
+
+def test_a_report_is_read():
+    assert kernel_resources.parse(REPORT.format(kernel=SYMBOL), "file") == {
+        "sm_80": {NAME: Kernel(40, 3072)},
+        "sm_90a": {NAME: Kernel(255, 0, 48, 12)},
+        "sm_100": {},
+    }
+
+
+@pytest.mark.parametrize(
+    "symbol, name",
+    [
+        ("_ZN9fused_rnn4cuda14project_kernelIfEEvT_", "project_kernel<fp32>"),
+        ("_ZN9fused_rnn4cuda12total_kernelEPKfPf", "total_kernel"),
+        (
+            "_ZN9fused_rnn4cuda12_GLOBAL__N_112steps_kernelILNS1_8ExchangeE2ENS_9NewCell_tEEEvPKf",
+            "steps_kernel<Exchange 2, NewCell_t>",
+        ),
+    ],
+)
+def test_names_are_readable(symbol, name):
+    assert kernel_resources.readable(symbol) == name
+
+
+def test_no_change_and_less_are_accepted():
+    assert changed(KERNELS, KERNELS) == []
+    assert changed(with_kernel("sm_80", "file/a", registers=39, shared=0), KERNELS) == []
+    assert spilling(KERNELS) == []
+
+
+@pytest.mark.parametrize(
+    "found, complaint",
+    [
+        (with_kernel("sm_80", "file/a", registers=41), "sm_80 file/a: registers 40 -> 41"),
+        (with_kernel("sm_90a", "file/b", shared=16), "sm_90a file/b: shared 0 -> 16"),
+        (with_kernel("sm_100", "file/c"), "sm_100 file/c: new"),
+        (without_kernel("sm_80", "file/b"), "sm_80 file/b: gone"),
+    ],
+)
+def test_more_or_other_kernels_are_not(found, complaint):
+    assert changed(found, KERNELS) == [complaint]
+
+
+def test_a_target_that_is_new_or_gone_is_not():
+    fewer = {target: KERNELS[target] for target in list(TARGETS)[1:]}
+    assert changed(fewer, KERNELS) == ["sm_80 file/a: gone", "sm_80 file/b: gone"]
+    assert changed(KERNELS, fewer) == ["sm_80 file/a: new", "sm_80 file/b: new"]
+
+
+@pytest.mark.parametrize("changes", [{"spilled": 4}, {"stack": 16}])
+def test_spills_and_stack_are_not(changes):
+    (complaint,) = spilling(with_kernel("sm_90a", "file/a", **changes))
+    assert complaint.startswith("sm_90a file/a: ")
+
+
+def test_the_baseline_is_read_as_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(kernel_resources, "BASELINE", tmp_path / "baseline.json")
+    kernel_resources.BASELINE.write_text(kernel_resources.baseline_text("13.0", KERNELS))
+    assert kernel_resources.read_baseline() == ("13.0", KERNELS)
+    stored = json.loads(kernel_resources.BASELINE.read_text())
+    assert stored["kernels"]["sm_80"]["file/a"] == [40, 1024]
+
+
+def test_the_table_is_80_columns_wide():
+    _, baseline = kernel_resources.read_baseline()
+    lines = kernel_resources.table(baseline).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert len(lines) > len(baseline["sm_80"])
