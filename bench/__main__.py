@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from . import attention, doctor, layers, machine, shapes
+from . import attention, doctor, gpu, layers, machine, shapes
 from . import options as own_options
 
 # What each measuring command runs: its shapes, and the seconds of timing spent on each row.
@@ -28,6 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if options.command == "doctor":
         return doctor.run()
+    if options.command == "gpu":
+        _check_json(options.json)
+        return gpu.run(options, torch.device("cpu") if options.plan else _device(options.device))
     if importlib.util.find_spec("rich") is None:
         raise SystemExit("The benchmark needs rich: pip install fused_rnn[bench]")
     return _measure(options)
@@ -44,6 +47,8 @@ def _parser() -> argparse.ArgumentParser:
     ):
         command = commands.add_parser(name, help=text, description=text)
         _measuring_options(command)
+    text = "the sweep on a GPU: layers and attention over shapes, dtypes and modes"
+    gpu.add_arguments(commands.add_parser("gpu", help=text, description=text))
     commands.add_parser("doctor", help="what is installed, what works here, what to do about it")
     _measuring_options(parser)
     parser.set_defaults(command="quick")
@@ -66,12 +71,16 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def _check_json(path: Path | None) -> None:
+    if path is not None and not path.parent.is_dir():
+        raise SystemExit(f"--json {path}: no such folder")
+
+
 def _measure(options: argparse.Namespace) -> int:
     from . import report
 
     json_path: Path | None = getattr(options, "json", None)
-    if json_path is not None and not json_path.parent.is_dir():
-        raise SystemExit(f"--json {json_path}: no such folder")
+    _check_json(json_path)
     device = _device(getattr(options, "device", "cpu"))
     if hasattr(options, "threads"):
         if options.threads < 1:

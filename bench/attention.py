@@ -54,17 +54,23 @@ def eager(tensors: Sequence[Tensor]) -> Tensor:
     return reference.additive_attention(*tensors)[0]
 
 
-def peers() -> dict[str, Call]:
+def peers(backend: str = "inductor") -> dict[str, Call]:
     """What we are held against; compiled afresh, for each shape and mode of its own."""
-    return {"eager": eager, "compiled": torch.compile(eager, dynamic=False)}
+    return {"eager": eager, "compiled": torch.compile(eager, dynamic=False, backend=backend)}
 
 
-def pair(peer: Call, mode: str, shape: AttentionShape, device: torch.device) -> timing.Pair:
+def pair(
+    peer: Call,
+    mode: str,
+    shape: AttentionShape,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> timing.Pair:
     """Ours and a peer on the same input; "training" adds the gradient of every input."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*sizes: int) -> Tensor:
-        return torch.randn(sizes, generator=generator).to(device)
+        return torch.randn(sizes, generator=generator).to(device, dtype)
 
     B, Tq, Tk, A = shape
     tensors = [draw(B, Tq, A), draw(B, Tk, A), draw(B, Tk, A), draw(A) / math.sqrt(A), draw(A)]

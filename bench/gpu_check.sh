@@ -1,55 +1,277 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one call of under ten minutes: build, test, sanitise, measure.
 #
-#   bench/gpu_check.sh OUTDIR
+#   bench/gpu_check.sh OUTDIR [--dry-run]
 #
-# Needs torch with CUDA, nvcc, and the test and bench extras of pyproject.toml; installs nothing.
-# Every stage runs even when an earlier one failed, and the exit status says whether all passed.
-# OUTDIR receives machine.txt, build.log, tests.log, sanitizer.log, layers.json.
+# Needs torch with CUDA, nvcc and pytest; installs nothing and asks no network. PYTHON names the
+# interpreter (python3), FUSED_RNN_COMMIT the commit where there is no git to ask.
+#
+# Every stage runs even when an earlier one failed, within its own limit and what is left of the
+# whole; the sweep takes all that the others left. The exit status says whether all passed. OUTDIR
+# holds what there is at any time, also after an interrupt:
+#
+#   machine.json   commit, GPU, driver, clocks, versions      stages.json   what passed, and how long
+#   sweep.json     the rows measured, see gpu.py              log.txt       what the stages printed
+#   summary.txt    stages, means, rows with the worst ratios last
+#
+# --dry-run prints the plan, then runs what needs no GPU: the facts, the tests' collection, and the
+# sweep on the CPU with shapes too small to mean anything.
 set -uo pipefail
 
-out=${1:?usage: bench/gpu_check.sh OUTDIR}
-mkdir -p "$out"
-out=$(cd "$out" && pwd)
-cd "$(dirname "$0")/.."
-failed=()
+budget=570 # seconds
 
-stage() { # stage NAME SECONDS COMMAND...: runs with a limit, keeps the output in NAME.log
-  local name=$1 limit=$2
-  shift 2
-  echo "== $name"
-  timeout "$limit" "$@" >"$out/$name.log" 2>&1 || failed+=("$name")
-  tail -n 5 "$out/$name.log"
+usage() {
+  echo "usage: bench/gpu_check.sh OUTDIR [--dry-run]" >&2
+  exit 2
 }
 
-{
-  git rev-parse HEAD
-  nvidia-smi
-  nvcc --version
-  python3 -c "import torch; print(torch.__version__, torch.version.cuda)"
-} >"$out/machine.txt" 2>&1
+out='' dry=no
+for argument in "$@"; do
+  case $argument in
+    --dry-run) dry=yes ;;
+    -*) usage ;;
+    *)
+      [ -z "$out" ] || usage
+      out=$argument
+      ;;
+  esac
+done
+[ -n "$out" ] || usage
+mkdir -p "$out" || exit 2
+out=$(cd "$out" && pwd)
+repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+python=${PYTHON:-python3}
+deadline=$((SECONDS + budget))
+rm -f "$out"/{machine,stages,sweep}.json "$out"/{summary.txt,log.txt}
 
+if ! work=$(mktemp -d); then
+  work=$out/work
+  mkdir -p "$work" || exit 2
+fi
+trap 'rm -rf "$work"' EXIT
+[ -w "${HOME:-/nonexistent}" ] || export HOME=$work # for the compilers' caches
 export PYTHONUNBUFFERED=1
-# A package for this call only: the build in place, importable from here under its three names.
-stage build 240 python3 setup.py build_ext --inplace
-PYTHONPATH=$(pwd):${PYTHONPATH:-}
-export PYTHONPATH
-[ -e fused_rnn/bench ] || ln -s ../bench fused_rnn/bench
-[ -e fused_rnn/kernels ] || ln -s ../kernels fused_rnn/kernels
-trap 'rm -f fused_rnn/bench fused_rnn/kernels' EXIT
+cd "$work" || exit 2
 
-stage tests 240 python3 -m pytest -q -m cuda tests
-if command -v compute-sanitizer >/dev/null; then
-  stage memcheck 120 compute-sanitizer --error-exitcode 1 python3 -m pytest -q tests/test_cuda.py -k small
-  stage initcheck 120 compute-sanitizer --tool initcheck --error-exitcode 1 \
-    python3 -m pytest -q tests/test_cuda.py -k small
-else
-  echo "compute-sanitizer is not installed: not run"
+# Where setup.py will look for nvcc, and where the sanitizer lies beside it.
+if [ -z "${CUDA_HOME:-}" ]; then
+  for home in "${CUDA_PATH:-}" /usr/local/cuda; do
+    if [ -x "$home/bin/nvcc" ]; then
+      export CUDA_HOME=$home
+      break
+    fi
+  done
 fi
-stage layers 240 python3 -m fused_rnn.bench cpu --device cuda --json "$out/layers.json"
+[ -z "${CUDA_HOME:-}" ] || PATH=$PATH:$CUDA_HOME/bin:$CUDA_HOME/compute-sanitizer
 
-if [ ${#failed[@]} -gt 0 ]; then
-  echo "FAILED: ${failed[*]}"
-  exit 1
+results() { "$python" "$repo/bench/results.py" "$@"; }
+
+# The package under its three names as an installation has it; the checkout stays as it is.
+link_package() {
+  local part
+  mkdir -p "$work/site/fused_rnn"
+  for part in "$repo"/fused_rnn/* "$work"/built/fused_rnn/*.so "$repo/bench" "$repo/kernels"; do
+    case ${part##*/} in
+      __pycache__ | '*'*) ;;
+      *) ln -sfn "$part" "$work/site/fused_rnn/${part##*/}" ;;
+    esac
+  done
+}
+export PYTHONPATH=$work/site${PYTHONPATH:+:$PYTHONPATH}
+
+# Stages: start begins one, finish waits for all that were begun and records them.
+declare -A pids=() begun=() limits=() # by the names of those that run
+planning=no
+
+start() { # start NAME SECONDS COMMAND...
+  local name=$1 limit=$2 left=$((deadline - SECONDS)) command
+  shift 2
+  if [ $planning = yes ]; then
+    command="${*//"$repo/"/}"
+    printf '%-12s at most %3d s  %s\n' "$name" "$limit" "${command//$'\n'/; }"
+    return
+  fi
+  [ "$limit" -le "$left" ] || limit=$left
+  if [ "$limit" -le 0 ]; then
+    skip "$name" "no time was left"
+    return
+  fi
+  echo "== $name"
+  # timeout leads a process group of its own, and ends all of it.
+  timeout --kill-after=5 "$limit" "$@" >"$out/$name.log" 2>&1 </dev/null &
+  pids[$name]=$! begun[$name]=$SECONDS limits[$name]=$limit
+}
+
+skip() { # skip NAME WHY
+  if [ $planning = yes ]; then
+    printf '%-12s not run: %s\n' "$1" "$2"
+  else
+    echo "== $1: not run, $2"
+    results stage "$out" "$1" "" 0 "$2"
+  fi
+}
+
+on_gpu() { # on_gpu NAME SECONDS COMMAND...: start, but for a dry run
+  if [ $dry = yes ] && [ $planning = no ]; then
+    skip "$1" "dry run, and it needs a GPU"
+  else
+    start "$@"
+  fi
+}
+
+finish() {
+  local name
+  while [ ${#pids[@]} -gt 0 ]; do
+    for name in "${!pids[@]}"; do
+      kill -0 "${pids[$name]}" 2>/dev/null || record "$name"
+    done
+    sleep 0.1
+  done
+}
+
+record() { # record NAME: of a stage that has ended
+  local name=$1 pid=${pids[$1]} log=$out/$1.log rc why=()
+  local seconds=$((SECONDS - begun[$name]))
+  unset "pids[$name]"
+  wait "$pid"
+  rc=$?
+  [ $rc -eq 137 ] && [ $seconds -ge "${limits[$name]}" ] && rc=124
+  if [[ $name = *check ]] && grep -q "Device not supported" "$log"; then
+    rc='' why=("compute-sanitizer does not support this device")
+  fi
+  # To pytest it is a success when every test was skipped.
+  if [ $dry = no ] && [ "$rc" = 0 ] && grep -q "test session starts" "$log"; then
+    grep -Eq "[0-9] passed" "$log" || rc=5
+  fi
+  {
+    echo "== $name: exit status ${rc:-none}, $seconds s"
+    cat "$log"
+  } >>"$out/log.txt"
+  [ ${#pids[@]} -eq 0 ] || echo "-- $name"
+  tail -n 3 "$log"
+  rm -f "$log"
+  results stage "$out" "$name" "$rc" "$seconds" "${why[@]}"
+}
+
+interrupted() {
+  local pid
+  trap '' INT TERM HUP
+  echo "interrupted"
+  for pid in "${pids[@]}"; do kill -TERM "$pid" 2>/dev/null; done
+  finish
+  results summary "$out"
+  exit 130
+}
+trap interrupted INT TERM HUP
+
+have() { "$python" -c "import $1" 2>/dev/null; }
+
+# Plugins are not loaded by themselves: none is needed, and nobody knows which are installed.
+export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
+pytest=("$python" -m pytest -c "$repo/pyproject.toml" -o "addopts=-ra --strict-markers"
+  -o faulthandler_timeout=60 -p no:cacheprovider --continue-on-collection-errors --tb=short)
+workers=()
+if have xdist; then
+  cores=$(nproc)
+  workers=(-p xdist -n "$((cores < 8 ? cores : 8))")
 fi
-echo "all passed"
+
+stage_build() {
+  local where=(--inplace)
+  [ -w "$repo/fused_rnn" ] || where=(--build-lib "$work/built" --build-temp "$work/temporary")
+  link_package
+  if [ $dry = yes ] && [ $planning = no ] && have fused_rnn._C; then
+    skip build "dry run, and the extension is there"
+  else
+    start build 205 "$python" "$repo/setup.py" build_ext --force "${where[@]}"
+    finish
+    link_package
+  fi
+  on_gpu import 25 "$python" -c "
+import fused_rnn._C as extension, torch
+print(extension.build_info(), torch.cuda.get_device_name())
+assert extension.build_info()['cuda'], 'built without CUDA: every test would be skipped'"
+  finish
+}
+
+stage_tests() {
+  local test_cuda=$repo/tests/test_cuda.py tool sanitizer
+  if ! have pytest; then
+    for tool in tests memcheck racecheck synccheck initcheck determinism graphs; do
+      skip $tool "pytest is not installed"
+    done
+    return
+  fi
+  if [ $dry = yes ] && [ $planning = no ]; then
+    start tests 75 "${pytest[@]}" -q --collect-only -m cuda "$repo/tests"
+  else
+    start tests 75 "${pytest[@]}" -v --durations=10 "${workers[@]}" -m cuda \
+      -k "not (test_cuda and (deterministic or graph))" "$repo/tests"
+  fi
+  finish
+  # One start of Python each is most of what these take: together.
+  for tool in memcheck racecheck synccheck initcheck; do
+    # Kernels of the libraries that are called trip all but memcheck.
+    sanitizer=(compute-sanitizer --tool "$tool" --error-exitcode 86 --print-limit 20)
+    if [ $tool = memcheck ]; then
+      sanitizer+=(--report-api-errors no)
+    else
+      sanitizer+=(--kernel-name kns=fused_rnn)
+    fi
+    if command -v compute-sanitizer >/dev/null || [ $planning = yes ]; then
+      on_gpu $tool 70 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "${sanitizer[@]}" \
+        "${pytest[@]}" -v -k small "$test_cuda"
+    else
+      skip $tool "compute-sanitizer is not installed"
+    fi
+  done
+  finish
+  on_gpu determinism 30 "${pytest[@]}" -v -k deterministic "$test_cuda"
+  on_gpu graphs 30 "${pytest[@]}" -v -k graph "$test_cuda"
+  finish
+}
+
+stage_sweep() {
+  local sweep=("$python" -m fused_rnn.bench gpu --json "$out/sweep.json") left
+  if [ $planning = yes ]; then
+    start sweep 120 "${sweep[@]}" --seconds "(all that is left)"
+    "${sweep[@]}" --plan
+    return
+  elif [ $dry = yes ]; then
+    start sweep 120 "${sweep[@]}" --device cpu --rows subset --seconds 100
+    finish
+    return
+  fi
+  left=$((deadline - SECONDS))
+  start sweep $left "${sweep[@]}" --seconds $((left - 20))
+  finish
+  # A row that took the process with it is left out, and the rest goes on.
+  for again in 1 2 3; do
+    left=$((deadline - SECONDS))
+    if [ $left -gt 40 ] && results unfinished "$out"; then
+      start "sweep-$again" $left "${sweep[@]}" --resume --seconds $((left - 20))
+      finish
+    fi
+  done
+}
+
+stages() {
+  start facts 45 "$python" "$repo/bench/results.py" facts "$out" "$repo"
+  finish
+  stage_build
+  stage_tests
+  stage_sweep
+}
+
+if [ $dry = yes ]; then
+  link_package
+  planning=yes
+  stages
+  planning=no
+  echo
+fi
+stages
+results summary "$out"
+status=$?
+echo "in $out, after $((SECONDS - deadline + budget)) s"
+exit $status

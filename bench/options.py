@@ -19,6 +19,7 @@ import fused_rnn
 from fused_rnn import reference
 
 from . import layers, timing
+from .layers import Called
 from .shapes import MODES, Shape
 
 SHAPES = (
@@ -31,21 +32,7 @@ SHAPES = (
 OPTIONS = ("bfloat16", "lengths", "resets", "packed", "one thread")
 
 
-class _Ours(nn.Module):
-    """A layer with keyword arguments; packed input comes as its data, which has a gradient."""
-
-    def __init__(self, layer: nn.Module, batch_sizes: Tensor | None = None, **arguments: Any):
-        super().__init__()
-        self.layer, self.batch_sizes, self.arguments = layer, batch_sizes, arguments
-
-    def forward(self, input: Tensor) -> tuple[Tensor, Any]:
-        if self.batch_sizes is None:
-            return self.layer(input, **self.arguments)
-        output, states = self.layer(PackedSequence(input, self.batch_sizes))
-        return output.data, states
-
-
-class _Loop(_Ours):
+class _Loop(Called):
     """The same by the reference."""
 
     def forward(self, input: Tensor) -> tuple[Tensor, Any]:
@@ -109,16 +96,16 @@ def _pairs(option: str, cell: str, mode: str, shape: Shape) -> tuple[timing.Pair
     dtype = torch.bfloat16 if option == "bfloat16" else torch.float32
     make = layers.RUNS[mode]
 
-    def run(kind: type[_Ours], dtype: torch.dtype) -> timing.Run:
+    def run(kind: type[Called], dtype: torch.dtype) -> timing.Run:
         # The same numbers in every dtype: those that the option's own can hold.
         given = [t.to(own).to(dtype) for t in (input, *grads)]
         mine = copy.deepcopy(layer).to(own).to(dtype)
         return make(kind(mine, batch_sizes, **arguments), given[0], given[1:])
 
     own = dtype
-    ours, device = run(_Ours, dtype), torch.device("cpu")
+    ours, device = run(Called, dtype), torch.device("cpu")
     checked = timing.Pair(ours, run(_Loop, dtype), run(_Loop, torch.float64), device)
-    plain = make(_Ours(layer), dense, [draw(T, B, H), *states])
+    plain = make(Called(layer), dense, [draw(T, B, H), *states])
     if option == "one thread":
         plain = _on_one_thread(plain)
     return checked, timing.Pair(ours, plain, checked.exact, device)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from . import results
 from .layers import Row, geometric_means
 from .shapes import MODES
 
@@ -127,16 +126,7 @@ def write_json(path: Path, command: str, machine: dict[str, Any], rows: Sequence
             for (cell, mode), ratio in geometric_means(rows).items()
         ],
     }
-    path.write_text(json.dumps(_finite(document), indent=1, allow_nan=False) + "\n")
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become null."""
-    if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    results.write_json(path, document)
 
 
 def _cells(row: Row, peak_flops: float | None) -> list[str | Text]:

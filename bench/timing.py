@@ -11,9 +11,10 @@ import ctypes
 import gc
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +26,34 @@ SLICE_S = 0.02  # least time of one side in one round
 MIN_ROUNDS = 5
 MAX_ROUNDS = 25
 SCRUB_BYTES = 64 << 20  # larger than the caches of a core; what lies beyond is shared with others
+
+
+class Named(Mapping[str, Tensor]):
+    """Results that are put beside their names when somebody asks: not while they are timed."""
+
+    __slots__ = ("names", "tensors")
+
+    def __init__(self, names: Sequence[str], *tensors: Sequence[Tensor]) -> None:
+        self.names, self.tensors = names, tensors
+
+    def __getitem__(self, name: str) -> Tensor:
+        flat = (tensor.detach() for some in self.tensors for tensor in some)
+        return dict(zip(self.names, flat, strict=True))[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+class Effort(NamedTuple):
+    """How long a measurement may take and how careful it is."""
+
+    budget_s: float  # for all rounds together, about
+    slice_s: float = SLICE_S
+    min_rounds: int = MIN_ROUNDS  # whatever the budget; at least 2
+    scrub_bytes: int = SCRUB_BYTES
 
 
 @dataclass(frozen=True)
@@ -71,17 +100,27 @@ class Timing:
 
 
 def check(pair: Pair, relative: float | None = None) -> Check:
+    """``compare`` for a pair."""
+    return compare(pair.ours, pair.peer(), pair.exact(), relative)
+
+
+def compare(
+    run: Run,
+    peer: Results,
+    exact: Results,
+    relative: float | None = None,
+    rounding: float | None = None,
+) -> Check:
     """Holds ours to twice the peer's own error against float64, plus one rounding of the result.
 
-    The error of a result is the largest difference of any element. One rounding is the dtype's
-    epsilon times the result's largest value: it keeps a peer that is exact by luck from asking for
-    the impossible. Where ``relative`` is given, the limit is that share of the result's largest
-    value instead.
+    The error of a result is the largest difference of any element. One rounding is ``rounding``
+    (by default the dtype's epsilon; more where the arithmetic takes in less than the dtype holds)
+    times the result's largest value: it keeps a peer that is exact by luck from asking for the
+    impossible. Where ``relative`` is given, the limit is that share of the result's largest value
+    instead.
     """
-    exact = pair.exact()
-    peer = pair.peer()
     try:
-        ours = pair.ours()
+        ours = run()
     except Exception as failure:  # a call that fails is a row of the report, not its end
         return Check(False, "", 0.0, 0.0, 0.0, f"{type(failure).__name__}: {failure}")
     if ours.keys() != exact.keys():
@@ -98,7 +137,8 @@ def check(pair: Pair, relative: float | None = None) -> Check:
         error = _largest(result.double() - truth)
         peer_error = _largest(peer[name].double() - truth)
         scale = _largest(truth)
-        limit = 2 * peer_error + torch.finfo(result.dtype).eps * scale
+        one = torch.finfo(result.dtype).eps if rounding is None else rounding
+        limit = 2 * peer_error + one * scale
         if relative is not None:
             limit = relative * scale
         passed = error <= limit  # false for NaN
@@ -113,30 +153,92 @@ def check(pair: Pair, relative: float | None = None) -> Check:
 
 def interleave(pair: Pair, budget_s: float) -> Timing:
     """Times both sides in turns for about ``budget_s`` seconds. Check the pair first."""
-    ours_calls = _calls_per_slice(pair.ours, pair.device)
-    peer_calls = _calls_per_slice(pair.peer, pair.device)
-    ours: list[float] = []
-    peer: list[float] = []
-    end = time.perf_counter() + budget_s
-    while len(ours) < MIN_ROUNDS or (time.perf_counter() < end and len(ours) < MAX_ROUNDS):
-        if len(ours) % 2:
-            ours.append(_slice(pair.ours, ours_calls, pair.device))
-            peer.append(_slice(pair.peer, peer_calls, pair.device))
-        else:
-            peer.append(_slice(pair.peer, peer_calls, pair.device))
-            ours.append(_slice(pair.ours, ours_calls, pair.device))
-    ratios = [theirs / own for own, theirs in zip(ours, peer, strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    turns = take_turns({"ours": pair.ours, "peer": pair.peer}, pair.device, Effort(budget_s))
+    ours, peer = turns.seconds["ours"], turns.seconds["peer"]
+    low, middle, high = turns.ratios("peer", "ours")
     return Timing(
-        statistics.median(ours), statistics.median(peer), middle, low, high, len(ours), ours_calls
+        statistics.median(ours),
+        statistics.median(peer),
+        middle,
+        low,
+        high,
+        len(ours),
+        turns.calls["ours"],
     )
+
+
+@dataclass(frozen=True)
+class Turns:
+    """What several contestants took in the same rounds."""
+
+    seconds: dict[str, list[float]]  # of one call, a figure for each round
+    calls: dict[str, int]  # in a round
+
+    def median(self, name: str) -> float:
+        return statistics.median(self.seconds[name])
+
+    def ratios(self, name: str, over: str) -> tuple[float, float, float]:
+        """Quartiles over the rounds of one contestant's time over another's."""
+        rounds = zip(self.seconds[name], self.seconds[over], strict=True)
+        low, middle, high = statistics.quantiles(
+            (a / b for a, b in rounds), n=4, method="inclusive"
+        )
+        return low, middle, high
+
+
+def take_turns(
+    runs: Mapping[str, Callable[[], object]], device: torch.device, effort: Effort
+) -> Turns:
+    """Times all ``runs`` in turns, each round another one first.
+
+    Each takes at least ``slice_s`` seconds a round; calls before the first round warm up.
+    """
+    names = list(runs)
+    calls = {name: _calls_per_slice(runs[name], device, effort.slice_s) for name in names}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    end = time.perf_counter() + effort.budget_s
+    for done in range(MAX_ROUNDS):
+        if done >= effort.min_rounds and time.perf_counter() >= end:
+            break
+        first = (done + 1) % len(names)
+        for name in names[first:] + names[:first]:
+            # From caches that hold nothing of the others.
+            torch.empty(effort.scrub_bytes, dtype=torch.uint8, device=device).zero_()
+            seconds[name].append(call_s(runs[name], calls[name], device))
+    return Turns(seconds, calls)
+
+
+def captured(runs: Sequence[Run]) -> Callable[[], Results]:
+    """All of ``runs`` one after another as one CUDA graph: a call replays it.
+
+    Each call returns the results of the first run, in the graph's own memory: the next call
+    overwrites them.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for run in runs:
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    # The outer stream comes back as the current one even where the end of a capture fails.
+    with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
+        first = runs[0]()
+        for run in runs[1:]:
+            run()
+
+    def replay() -> Results:
+        graph.replay()
+        return first
+
+    return replay
 
 
 def peak_bytes(run: Run, device: torch.device) -> int | None:
     """Most memory that one call holds beyond what is held before; None where nothing tells."""
     run()
     if device.type == "cuda":
-        _synchronize(device)
+        torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         run()
@@ -163,37 +265,34 @@ def _largest(tensor: Tensor) -> float:
     return float(tensor.abs().max()) if tensor.numel() else 0.0
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _calls_per_slice(run: Run, device: torch.device) -> int:
-    """How many calls take SLICE_S; their first ones warm up."""
+def _calls_per_slice(run: Callable[[], object], device: torch.device, slice_s: float) -> int:
+    """How many calls take ``slice_s``; their first ones warm up."""
     run()
     calls = 1
     while True:
-        seconds = _time(run, calls, device)
-        if seconds * calls >= SLICE_S / 2:
-            return max(1, round(SLICE_S / seconds))
+        seconds = call_s(run, calls, device)
+        if seconds * calls >= slice_s / 2:
+            return max(1, round(slice_s / seconds))
         calls *= 4
 
 
-def _slice(run: Run, calls: int, device: torch.device) -> float:
-    """Seconds per call, from caches that hold nothing of the other side."""
-    torch.empty(SCRUB_BYTES, dtype=torch.uint8, device=device).zero_()
-    return _time(run, calls, device)
-
-
-def _time(run: Run, calls: int, device: torch.device) -> float:
+def call_s(run: Callable[[], object], calls: int, device: torch.device) -> float:
+    """Seconds per call, of ``calls`` in a row; on CUDA as its events see them."""
     collecting = gc.isenabled()
     gc.disable()
     try:
-        _synchronize(device)
+        if device.type == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize(device)
+            begin.record()
+            for _ in range(calls):
+                run()
+            end.record()
+            end.synchronize()
+            return float(begin.elapsed_time(end)) / 1e3 / calls
         start = time.perf_counter()
         for _ in range(calls):
             run()
-        _synchronize(device)
         return (time.perf_counter() - start) / calls
     finally:
         if collecting:

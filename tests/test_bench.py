@@ -31,6 +31,28 @@ def test_every_option_is_checked(option: str, cell: str, mode: str) -> None:
     assert not timing.check(dataclasses.replace(checked, ours=wrong)).passed
 
 
+def test_one_rounding_may_be_that_of_the_products() -> None:
+    """A peer exact by luck, ours within a rounding of TF32: float32 alone would not allow it."""
+    exact = {"output": torch.ones(3, dtype=torch.float64)}
+    peer = {"output": torch.ones(3)}
+
+    def ours() -> timing.Results:
+        return {"output": torch.ones(3) * (1 + 2**-11)}
+
+    assert not timing.compare(ours, peer, exact).passed
+    assert timing.compare(ours, peer, exact, rounding=2**-10).passed
+
+
+def test_everyone_has_a_turn_in_every_round() -> None:
+    ran: list[str] = []
+    runs = {name: lambda name=name: ran.append(name) for name in "abc"}
+    effort = timing.Effort(0.0, slice_s=0.0, min_rounds=4, scrub_bytes=1)
+    turns = timing.take_turns(runs, torch.device("cpu"), effort)
+    assert {name: len(seconds) for name, seconds in turns.seconds.items()} == dict(a=4, b=4, c=4)
+    assert "".join(ran[-12:]) == "bca" + "cab" + "abc" + "bca"
+    assert turns.ratios("a", "a") == (1.0, 1.0, 1.0)
+
+
 @pytest.mark.parametrize("cell", CELLS)
 def test_operations_are_counted(cell: str) -> None:
     """Against the sizes of the weights themselves."""

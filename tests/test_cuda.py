@@ -4,17 +4,65 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import LAYERS, as_tuple, assert_close_like_torch, double, pair, run, states
+from helpers import (
+    LAYERS,
+    as_tuple,
+    assert_close_like_torch,
+    assert_equal,
+    by_reference,
+    double,
+    pair,
+    run,
+    states,
+)
 
 import fused_rnn
 
 pytestmark = pytest.mark.cuda
 
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+
+@pytest.fixture
+def unpoisoned(monkeypatch):
+    """Uninitialised memory as it comes: a sanitizer that looks for reads of it sees them."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+
+
+# The tests named small are what bench/gpu_check.sh runs under the sanitizers: few launches, and on
+# the GPU nothing but ours and the products it calls.
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("cell", LAYERS)
-def test_small_layers_match_torch(cell, dtype):
-    """Few enough launches for a sanitizer; two layers, two directions, odd sizes."""
+def test_small_layers_match_the_reference(cell, dtype, unpoisoned):
+    """Two layers, two directions, odd sizes, lengths and resets, against loops on the CPU."""
+    _, layer = pair(cell, 5, 17, num_layers=2, bidirectional=True, dtype=dtype)
+    x, hx = torch.randn(6, 3, 5, dtype=dtype), states(layer, 3, dtype=dtype)
+    options = {"lengths": torch.tensor([6, 0, 4]), "resets": torch.rand(6, 3) < 0.2}
+    loops = run(layer, x, hx, call=by_reference(cell, layer), **options)
+    exact = double(layer)
+    exactly = run(exact, double(x), double(hx), call=by_reference(cell, exact), **options)
+    on_gpu = {name: value.cuda() for name, value in options.items()}
+    hx = tuple(h.cuda() for h in hx) if isinstance(hx, tuple) else hx.cuda()
+    found = run(layer.cuda(), x.cuda(), hx, **on_gpu)
+    found = {name: value.cpu() for name, value in found.items()}
+    assert_close_like_torch([found], [loops], [exactly])
+
+
+def test_small_projection_equals_cpu(unpoisoned):
+    layer = fused_rnn.LSTM(4, 9, proj_size=5, bidirectional=True, dtype=torch.float64)
+    x = torch.randn(7, 5, 4, dtype=torch.float64)
+    lengths = torch.tensor([7, 0, 3, 1, 6])
+    on_cpu = run(layer, x, lengths=lengths)
+    on_gpu = run(layer.cuda(), x.cuda(), lengths=lengths.cuda())
+    for name, value in on_cpu.items():
+        torch.testing.assert_close(on_gpu[name].cpu(), value, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cell", LAYERS)
+def test_layers_match_torch(cell, dtype):
     theirs, ours = pair(cell, 5, 17, num_layers=2, bidirectional=True, device="cuda", dtype=dtype)
     x = torch.randn(6, 3, 5, device="cuda", dtype=dtype)
     hx = states(ours, 3, device="cuda", dtype=dtype)
@@ -22,16 +70,26 @@ def test_small_layers_match_torch(cell, dtype):
     assert_close_like_torch([run(ours, x, hx)], [run(theirs, x, hx)], [exact])
 
 
+@pytest.mark.parametrize("ragged", [False, True], ids=["dense", "ragged"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("cell", LAYERS)
-def test_ragged_small_equals_cpu(cell):
-    layer = fused_rnn.convert(pair(cell, 4, 9, bidirectional=True, dtype=torch.float64)[0])
-    x = torch.randn(7, 5, 4, dtype=torch.float64)
-    lengths = torch.tensor([7, 0, 3, 1, 6])
-    resets = torch.rand(7, 5) < 0.3
-    on_cpu = run(layer, x, lengths=lengths, resets=resets)
-    on_gpu = run(layer.cuda(), x.cuda(), lengths=lengths.cuda(), resets=resets.cuda())
-    for name, value in on_cpu.items():
-        torch.testing.assert_close(on_gpu[name].cpu(), value, rtol=1e-10, atol=1e-10)
+def test_runs_are_deterministic(cell, dtype, ragged):
+    """Bitwise, outputs and every gradient, without asking torch for it, whatever lies in memory."""
+    torch.use_deterministic_algorithms(False)
+    shapes = ((1, 1, 8, 16), (9, 3, 5, 17), (40, 16, 64, 128), (20, 65, 48, 256))
+    for T, B, I, H in shapes:  # noqa: E741
+        layers = 2 if H < 256 else 1
+        _, layer = pair(
+            cell, I, H, num_layers=layers, bidirectional=ragged, device="cuda", dtype=dtype
+        )
+        x = torch.randn(T, B, I, device="cuda", dtype=dtype)
+        hx = states(layer, B, device="cuda", dtype=dtype)
+        options = {"lengths": torch.randint(T + 1, (B,)).cuda()} if ragged else {}
+        first = run(layer, x, hx, **options)
+        for _ in range(4):
+            for size in (1 << 10, 1 << 22):
+                torch.full((size,), float("nan"), device="cuda")  # left in the allocator's blocks
+            assert_equal(run(layer, x, hx, **options), first)
 
 
 @pytest.mark.parametrize("cell", LAYERS)
@@ -51,16 +109,20 @@ def test_another_stream_is_used(cell):
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("cell", LAYERS)
-def test_capture_in_a_cuda_graph(cell):
+def test_capture_in_a_cuda_graph(cell, dtype):
     """Forward and backward synchronise nothing and allocate from torch: they can be captured."""
-    _, layer = pair(cell, 8, 16, device="cuda")
-    x = torch.randn(5, 3, 8, device="cuda", requires_grad=True)
+    _, layer = pair(cell, 8, 16, num_layers=2, bidirectional=True, device="cuda", dtype=dtype)
+    x = torch.randn(5, 3, 8, device="cuda", dtype=dtype, requires_grad=True)
+    lengths = torch.tensor([5, 2, 4], device="cuda")
+    leaves = {"input": x, **dict(layer.named_parameters())}
 
     def step():
-        layer.zero_grad(set_to_none=False)
-        x.grad = None
-        layer(x)[0].square().sum().backward()
+        output, final = layer(x, lengths=lengths)
+        loss = output.square().sum() + sum(t.sum() for t in as_tuple(final))
+        grads = torch.autograd.grad(loss, list(leaves.values()))
+        return {"output": output.detach(), **dict(zip(leaves, grads, strict=True))}
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -70,13 +132,30 @@ def test_capture_in_a_cuda_graph(cell):
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        step()
+        captured = step()
+    for new_lengths in ([5, 2, 4], [1, 0, 5]):
+        with torch.no_grad():
+            x.copy_(torch.randn_like(x))
+            lengths.copy_(torch.tensor(new_lengths))
+        graph.replay()
+        replayed = {name: t.clone() for name, t in captured.items()}
+        assert_equal(replayed, step())
+
+
+def test_a_graph_of_inference():
+    _, layer = pair("lstm", 8, 16, device="cuda")
+    x = torch.randn(5, 3, 8, device="cuda")
     with torch.no_grad():
+        layer(x)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output, (h_n, c_n) = layer(x)
         x.copy_(torch.randn_like(x))
-    graph.replay()
-    captured = x.grad.clone()
-    step()
-    torch.testing.assert_close(captured, x.grad, rtol=0, atol=0)
+        graph.replay()
+        found = {"output": output.clone(), "h_n": h_n.clone(), "c_n": c_n.clone()}
+        output, (h_n, c_n) = layer(x)
+        assert_equal(found, {"output": output, "h_n": h_n, "c_n": c_n})
 
 
 def test_autocast():
