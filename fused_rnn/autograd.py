@@ -46,8 +46,12 @@ def run_layer(
     if torch.is_grad_enabled() and (
         input.requires_grad or any([t.requires_grad for t in (*weights, *states)])
     ):
-        constants = (cell, has_biases, lanes, want_cells, len(states))
-        results = _apply_layer(*constants, lengths, batch_sizes, resets, input, *states, *weights)
+        begin = 2 + len(states)
+        call = (cell, has_biases, lanes, want_cells, begin, begin + len(weights))
+        ragged: tuple[Tensor | None, ...] = (lengths, batch_sizes, resets)
+        if lengths is None and batch_sizes is None and resets is None:
+            ragged = ()
+        results = _apply_layer(call, input, *states, *weights, *ragged)
         return results[: _wanted_results(cell, want_cells)]
     return ops.forward_op(cell)(
         input, states, weights, has_biases, lengths, batch_sizes, resets, lanes, lanes, False,
@@ -60,91 +64,86 @@ def _wanted_results(cell: str, want_cells: bool) -> int:
     return 2 + ops.CELLS[cell].has_c + want_cells
 
 
+_NOT_RAGGED = (None, None, None)
+
+# What Layer takes beside tensors: (cell, has_biases, lanes, want_cells, begin, end), where weights
+# are arguments begin to end.
+_Call = tuple[str, bool, int, bool, int, int]
+
+
 class Layer(torch.autograd.Function):
-    """(cell, has_biases, lanes, want_cells, number of states, lengths, batch_sizes, resets, input,
-    *states, *weights) to the results of ``{cell}_forward``."""
+    """From (call, input, *states, *weights), and (lengths, batch_sizes, resets) if one of these is
+    given, to the results of ``{cell}_forward``."""
 
     @staticmethod
-    def forward(
-        cell: str,
-        has_biases: bool,
-        lanes: int,
-        want_cells: bool,
-        state_count: int,
-        lengths: Tensor | None,
-        batch_sizes: Tensor | None,
-        resets: Tensor | None,
-        input: Tensor,
-        *tensors: Tensor,
-    ) -> tuple[Tensor, ...]:
-        states, weights = tensors[:state_count], tensors[state_count:]
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        cell, has_biases, lanes, want_cells, begin, end = args[0]
         return tuple(
             ops.forward_op(cell)(
-                input, states, weights, has_biases, lengths, batch_sizes, resets, lanes, lanes,
-                True, want_cells,
+                args[1], args[2:begin], args[begin:end], has_biases, *(args[end:] or _NOT_RAGGED),
+                lanes, lanes, True, want_cells,
             )
         )  # fmt: skip
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.cell, ctx.has_biases, ctx.lanes, ctx.want_cells, ctx.state_count, *tensors = inputs
-        saved = output[_wanted_results(ctx.cell, ctx.want_cells) :]
+        call, *tensors = inputs
+        saved = output[_wanted_results(call[0], call[3]) :]
+        ctx.call = call
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*saved)
-        ctx.saved_count = len(saved)
-        ctx.save_for_backward(output[0], *saved, *tensors)
+        if saved:
+            ctx.mark_non_differentiable(*saved)
+        ctx.save_for_backward(output[0], *tensors, *saved)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        tensors = ctx.saved_tensors
-        begin = 1 + ctx.saved_count  # of the arguments that are tensors
-        end = begin + 4 + ctx.state_count  # of the states among them
-        output, saved = tensors[0], tensors[1:begin]
-        lengths, batch_sizes, resets, input = tensors[begin : begin + 4]
-        states, weights = tensors[begin + 4 : end], tensors[end:]
-        # Compiled graphs hand over gradients even for outputs marked as having none.
-        grad_output, grad_h_n = grads[0], grads[1]
-        grad_c_n = grads[2] if ops.CELLS[ctx.cell].has_c else None
-        grad_cells = grads[3] if ctx.want_cells else None
-        given = (grad_output, grad_h_n, grad_c_n, grad_cells)
+        cell, has_biases, lanes, want_cells, begin, end = ctx.call
         needs = ctx.needs_input_grad
+        # Of the arguments all but the first are there, each in its place; then what forward saved.
+        tensors, count = ctx.saved_tensors, len(needs)
+        output, input = tensors[:2]
+        states, weights = tensors[2:begin], tensors[begin:end]
+        ragged = tensors[end:count] or _NOT_RAGGED
+        # Compiled graphs hand over gradients even for outputs marked as having none.
+        given = (*grads[: _wanted_results(cell, want_cells)], None, None)[:4]
+        grad_output, grad_h_n, grad_c_n, grad_cells = given
         if grad_output is None and grad_h_n is None and grad_c_n is None and grad_cells is None:
-            return (None,) * len(needs)
+            return (None,) * count
         if torch.is_grad_enabled():
-            return _differentiable_backward(
-                ctx, given, input, states, weights, lengths, batch_sizes, resets
-            )
-        need_input = needs[8]
-        need_states, need_weights = any(needs[9 : 9 + len(states)]), any(needs[9 + len(states) :])
-        found = ops.backward_op(ctx.cell)(
-            *given, input, states, weights, ctx.has_biases, lengths, batch_sizes, resets, ctx.lanes,
-            ctx.lanes, output, saved, need_input, need_states, need_weights,
+            return _differentiable_backward(ctx, given, input, states, weights, *ragged)
+        need_input = needs[1]
+        need_states, need_weights = True in needs[2:begin], True in needs[begin:]
+        found = ops.backward_op(cell)(
+            *given, input, states, weights, has_biases, *ragged, lanes, lanes, output,
+            tensors[count:], need_input, need_states, need_weights,
         )  # fmt: skip
+        rest = (None,) * (count - end)
         if need_input and need_weights and need_states == bool(states):
-            return (*(None,) * 8, *found)
-        begin = int(need_input)
-        end = begin + (len(states) if need_states else 0)
+            return (None, *found, *rest)
+        first = int(need_input)  # of the states among what was found
+        last = first + (len(states) if need_states else 0)
         return (
-            *(None,) * 8,
+            None,
             found[0] if need_input else None,
-            *(found[begin:end] or (None,) * len(states)),
-            *(found[end:] or (None,) * len(weights)),
+            *(found[first:last] or (None,) * len(states)),
+            *(found[last:] or (None,) * len(weights)),
+            *rest,
         )
 
 
 _apply_base = super(torch.autograd.Function, Layer).apply
 
 
-def _apply_layer(*args: Any) -> tuple[Tensor, ...]:
+def _apply_layer(call: _Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:
     """``Layer.apply`` without binding the arguments to forward's signature.
 
     Function.apply does that for the sake of default values, of which there are none here, and takes
     longer over it than a small layer does in all.
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return Layer.apply(*args)
+        return Layer.apply(call, *tensors)
     # As Function.apply does: tensors may have outlived the transform that wrapped them.
-    return _apply_base(*[unwrap_if_dead(a) if isinstance(a, Tensor) else a for a in args])
+    return _apply_base(call, *[None if t is None else unwrap_if_dead(t) for t in tensors])
 
 
 def _differentiable_backward(
@@ -158,7 +157,8 @@ def _differentiable_backward(
     resets: Tensor | None,
 ) -> tuple[Any, ...]:
     """The gradient under ``create_graph=True``: through the reference, which has one itself."""
-    traits = ops.CELLS[ctx.cell]
+    cell, has_biases, lane_count, *_ = ctx.call
+    traits = ops.CELLS[cell]
     exists = None  # (T, B): the steps that a packed sequence holds, in its order
     if batch_sizes is not None:
         exists = torch.arange(int(batch_sizes[0])) < batch_sizes.unsqueeze(1)
@@ -171,9 +171,9 @@ def _differentiable_backward(
         x, *tensors = (t.to(ops.compute_dtype(t.dtype)) for t in aliases)
         if exists is not None:
             x = x.new_zeros((*exists.shape, x.shape[1])).masked_scatter(exists.unsqueeze(2), x)
-        lanes = _lanes(tensors[len(states) :], ctx.has_biases, ctx.lanes)
+        lanes = _lanes(tensors[len(states) :], has_biases, lane_count)
         rows, width = lanes[0].weight_hh.shape
-        zeros = [x.new_zeros((ctx.lanes, x.shape[1], n)) for n in (width, rows // traits.gates)]
+        zeros = [x.new_zeros((lane_count, x.shape[1], n)) for n in (width, rows // traits.gates)]
         hx, cx = (*tensors[: len(states)], *zeros[len(states) :])
         results = reference.layer(
             traits.name, x, hx, cx if traits.has_c else None, lanes, lengths, resets
@@ -186,7 +186,7 @@ def _differentiable_backward(
             (r, g.to(r.dtype)) for r, g in zip(results, grads, strict=True)
             if r is not None and g is not None and r.requires_grad
         ]  # fmt: skip
-        needs = ctx.needs_input_grad[8:]
+        needs = ctx.needs_input_grad[1 : 1 + len(aliases)]
         wanted = [t for t, need in zip(aliases, needs, strict=True) if need]
         found = iter(
             torch.autograd.grad(
@@ -194,7 +194,8 @@ def _differentiable_backward(
                 create_graph=True, allow_unused=True,
             )
         )  # fmt: skip
-    return (*(None,) * 8, *(next(found) if need else None for need in needs))
+    rest = (None,) * (len(ctx.needs_input_grad) - 1 - len(needs))
+    return (None, *(next(found) if need else None for need in needs), *rest)
 
 
 def _lanes(weights: Sequence[Tensor], has_biases: bool, lanes: int) -> list[Weights]:

@@ -56,11 +56,12 @@ class _Layer(RNNBase):
         states = None if hx is None else self._unpack_states(hx)
         if isinstance(input, PackedSequence):
             return self._run_packed(input, states, lengths, resets, **options)
-        if input.dim() not in (2, 3):
+        dims = input.dim()
+        if dims not in (2, 3):
             raise ValueError(
-                f"{self._get_name()}: Expected input to be 2D or 3D, got {input.dim()}D instead"
+                f"{self._get_name()}: Expected input to be 2D or 3D, got {dims}D instead"
             )
-        batched = input.dim() == 3
+        batched = dims == 3
         if states is not None:
             self._check_state_dims(states, batched)
         if not batched:
@@ -148,7 +149,7 @@ class _Layer(RNNBase):
         resets: Tensor | None,
         **options: Any,
     ) -> tuple[list[Tensor], States]:
-        output, *rest = functional.run(
+        results = functional.run(
             self._cell(),
             input,
             () if states is None else states,
@@ -163,8 +164,8 @@ class _Layer(RNNBase):
             resets,
             **options,
         )
-        count = 2 if self.mode == "LSTM" else 1
-        return [output, *rest[count:]], tuple(rest[:count])
+        end = 3 if self.mode == "LSTM" else 2  # of the final states
+        return [results[0], *results[end:]], tuple(results[1:end])
 
     def _weights(self) -> list[Tensor]:
         # By name, not from _flat_weights, which parametrizations and functional_call leave behind.

@@ -65,6 +65,7 @@ class Backward {
         d_output_width(row_width<E>(p.P)),
         h_width(round_up(p.P, V::size)),
         c_width(round_up(p.H, V::size)),
+        packed(p.T * p.B > 1),
         hidden_panels({p.P, gate_rows, 0, 1, p.P}, p.T > 1 || p.d_hx),
         input_panels({p.I, gate_rows, 0, 1, p.I}, p.d_input.data),
         projection_panels({p.H, p.P, 0, 1, p.H}, p.projected),
@@ -111,9 +112,11 @@ class Backward {
   }
 
   void take_memory(Arena& arena) {
-    hidden_panels.take_memory(arena, p.L);
-    input_panels.take_memory(arena, p.L);
-    projection_panels.take_memory(arena, p.L);
+    if (packed) {
+      hidden_panels.take_memory(arena, p.L);
+      input_panels.take_memory(arena, p.L);
+      projection_panels.take_memory(arena, p.L);
+    }
     for (auto& state : d_gates_state) state = arena.take<Value>(p.L * p.B * gates_width);
     d_h_state = arena.take<C>(p.L * p.B * h_width);
     if (Cell::has_c) d_c_state = arena.take<C>(p.L * p.B * c_width);
@@ -164,7 +167,7 @@ class Backward {
     return chunks.times(!is_reverse(p, lane), chunk);
   }
   int64_t panels_to_pack() const {
-    return hidden_panels.count + input_panels.count + projection_panels.count;
+    return packed ? hidden_panels.count + input_panels.count + projection_panels.count : 0;
   }
 
   void pack(int64_t lane, const Share& share) {
@@ -178,6 +181,17 @@ class Backward {
       else
         projection_panels.pack(lane, i - hidden - input, static_cast<const S*>(w.weight_hr));
     }
+  }
+
+  // Rows times a share of the panels, packed or not; each as in Panels.
+  template <class Each>
+  HOST_DEVICE void multiply_units(const PlainPanels& panels, const void* weights, int64_t lane,
+                                  const Share& share, bool backwards, const Rows<E>& rows,
+                                  const Each& each) const {
+    if (packed)
+      panels.multiply_units(lane, share, backwards, rows, panels.k, each);
+    else
+      panels.multiply_units_unpacked(share, static_cast<const S*>(weights), rows, each);
   }
 
   void begin(const Part& part) {
@@ -219,9 +233,10 @@ class Backward {
   HOST_DEVICE void hidden_product(const Part& part, int64_t buffer, int64_t first, int64_t rows,
                                   const Each& each) {
     // There and back again, so that the panels used last are still in the cache.
-    hidden_panels.multiply_units(
-        part.lane, Share(hidden_panels.count, part.member, division.members), buffer & 1,
-        {gates_row(buffer, part.lane, first), gates_width / E::depth, rows}, gate_rows,
+    multiply_units(
+        hidden_panels, p.weights[part.lane].weight_hh, part.lane,
+        Share(hidden_panels.count, part.member, division.members), buffer & 1,
+        {gates_row(buffer, part.lane, first), gates_width / E::depth, rows},
         [&](int64_t r, int64_t unit, int64_t n, V product) { each(first + r, unit, n, product); });
   }
 
@@ -259,13 +274,13 @@ class Backward {
     const int64_t lane = part.lane, t = time_of_step(p, lane, p.T - 1 - step);
     const int64_t begin = order.begin(part.block);
     const int64_t rows = order.active_end(part.block, t) - begin;
-    projection_panels.multiply_units(
-        lane, Share(projection_panels.count, part.member, division.members), false,
-        {output_row(lane, begin), d_output_width / E::depth, rows}, p.P,
-        [&](int64_t r, int64_t unit, int64_t n, V d_h) {
-          cell_units(row_step(p, lane, order.row(begin + r), t), step, begin + r,
-                     row_of_chunk(part, chunk, t, begin + r), unit, n, d_h);
-        });
+    multiply_units(projection_panels, p.weights[lane].weight_hr, lane,
+                   Share(projection_panels.count, part.member, division.members), false,
+                   {output_row(lane, begin), d_output_width / E::depth, rows},
+                   [&](int64_t r, int64_t unit, int64_t n, V d_h) {
+                     cell_units(row_step(p, lane, order.row(begin + r), t), step, begin + r,
+                                row_of_chunk(part, chunk, t, begin + r), unit, n, d_h);
+                   });
   }
 
   // Where row i of a block at timestep t stands among the rows of all chunks. Rows have been dealt to
@@ -390,10 +405,10 @@ class Backward {
     const bool by_panels = input_panels.count >= parts;
     const Share panels(input_panels.count, by_panels ? part.index : 0, by_panels ? parts : 1);
     const Share share(rows, by_panels ? 0 : part.index, by_panels ? 1 : parts);
-    input_panels.multiply_units(
-        lane, panels, false,
+    multiply_units(
+        input_panels, p.weights[lane].weight_ih, lane, panels, false,
         {d_gates + share.begin * gates_width, gates_width / E::depth, share.end - share.begin},
-        gate_rows, [&](int64_t r, int64_t unit, int64_t n, V value) {
+        [&](int64_t r, int64_t unit, int64_t n, V value) {
           const Place& at = place[share.begin + r];
           if (lane == 0)
             Memory<V>::store(value, p.d_input.at<S>(at.t, at.b, 0) + unit, n);
@@ -447,7 +462,7 @@ class Backward {
     const Gradient& of = gradient[g];
     const Share strips(of.strip_count(), part.index, parts);
     C* const sums = sums_of(g, part.lane);
-    alignas(64) C tile[R * W * V::size];
+    alignas(64) C buffer[R * W * V::size];
     for (int64_t panel = 0; panel < of.panel_count(); ++panel) {
       const Value* columns = columns_of(of, part.lane, panel);
       const int64_t column = panel * W * V::size;
@@ -459,13 +474,20 @@ class Backward {
         for (int r = 0; r < R && !first && row + r < of.rows; ++r)
           for (int w = 0; w < W && column + w * V::size < of.columns; ++w)
             __builtin_prefetch(sums + (row + r) * of.columns + column + w * V::size, 1);
-        product<E, W, R, 1, Layout::columns>(words + row % V::size, 0, word_count<E>(rows),
-                                             {columns, 0, nullptr, tile, 0});
+        // The first sums, if they fill a tile, are made where they belong.
+        C* const result = sums + row * of.columns + column;
+        const bool whole = row + R <= of.rows && column + W * V::size <= of.columns;
+        const bool in_place = first && whole;
+        C* const tile = in_place ? result : buffer;
+        product<E, W, R, 1, Layout::columns>(
+            words + row % V::size, 0, word_count<E>(rows),
+            {columns, 0, nullptr, tile, 0, in_place ? of.columns : W * V::size});
+        if (in_place) continue;
         for (int r = 0; r < R && row + r < of.rows; ++r)
           for (int w = 0; w < W; ++w) {
             const int64_t n = of.columns - column - w * V::size;
             if (n <= 0) break;
-            C* to = sums + (row + r) * of.columns + column + w * V::size;
+            C* to = result + r * of.columns + w * V::size;
             const V sum = V::load(tile + (r * W + w) * V::size);
             Memory<V>::store(first ? sum : sum + Memory<V>::load(to, n), to, n);
           }
@@ -519,6 +541,7 @@ class Backward {
   const int64_t gate_rows;                    // G*H
   const int64_t gates_width, d_output_width;  // of rows that are multiplied
   const int64_t h_width, c_width;
+  const bool packed;  // whether weights are; a single row is multiplied faster without
   PlainPanels hidden_panels, input_panels, projection_panels;
   const Division division;
   const int64_t parts;  // of a team

@@ -135,17 +135,18 @@ struct PanelPlace {
   const C* bias;         // or null for zeros; panels of bias follow one another
   C* tile;
   int64_t tile_stride;  // from a panel's tile to the next
+  int64_t row_stride;   // from a row of a tile to the next
 };
 
 constexpr int64_t words_in_a_row = 256;
 
 // N panels at once; more than one only where R*W accumulators are too few to keep the units busy.
 template <class E, int W, int R, int N, Layout layout>
-void product(const typename E::Word* a, int64_t row_stride, int64_t words,
+void product(const typename E::Word* a, int64_t a_stride, int64_t words,
              const PanelPlace<E>& place) {
   using V = typename E::V;
   constexpr int vector_values = V::size * E::depth;
-  const int64_t r_step = layout == Layout::rows ? row_stride : 1;
+  const int64_t r_step = layout == Layout::rows ? a_stride : 1;
   const int64_t k_step = layout == Layout::rows ? 1 : V::size;
   const typename E::Value* panel[N];
 #pragma GCC unroll 16
@@ -182,7 +183,8 @@ void product(const typename E::Word* a, int64_t row_stride, int64_t words,
       for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
         for (int w = 0; w < W; ++w) {
-          typename V::Scalar* to = place.tile + n * place.tile_stride + (r * W + w) * V::size;
+          typename V::Scalar* to =
+              place.tile + n * place.tile_stride + r * place.row_stride + w * V::size;
           (begin == 0 ? sum[n][r][w] : V::load(to) + sum[n][r][w]).store(to);
         }
   }
@@ -318,6 +320,29 @@ class Panels {
     }
   }
 
+  // The same from weights whose unit_stride is 1, for vectors of a single gate: each as below.
+  template <class S, class Each>
+  HOST_DEVICE void multiply_units_unpacked(const Share& share, const S* from, const Rows<E>& rows,
+                                           const Each& each) const {
+    static_assert(Gates == 1, "vectors of several gates belong together");
+    constexpr int N = 8;
+    const int64_t end =
+        share.end * units_each < source.units ? share.end * units_each : source.units;
+    for (int64_t r = 0; r < rows.count; ++r) {
+      const auto* words = reinterpret_cast<const typename E::Word*>(rows.values) + r * rows.stride;
+      const auto take = [&](auto vectors, int64_t unit) {
+        V sums[vectors];
+        multiply_columns<vectors>(from + unit, end - unit, words, sums);
+        for (int n = 0; n < vectors; ++n)
+          each(r, unit + n * V::size, end - unit - n * V::size, sums[n]);
+        return unit + vectors * V::size;
+      };
+      int64_t unit = share.begin * units_each;
+      while (unit + N * V::size <= end) unit = take(std::integral_constant<int, N>(), unit);
+      while (unit < end) unit = take(std::integral_constant<int, 1>(), unit);
+    }
+  }
+
   // The product of the first of_k values of rows and the panels of a share, these from either end:
   // each(panel, first_row, height, tile) for every tile of up to max_rows(W) rows, near-equal in height.
   // A panel's tiles follow one another in `out`, panels out_stride apart; without that they pass away.
@@ -336,9 +361,12 @@ class Panels {
       for (int64_t t = 0; t < tiles; ++t) {
         const int64_t first = rows.count * t / tiles;
         const int height = static_cast<int>(rows.count * (t + 1) / tiles - first);
-        const PanelPlace<E> place{panel(lane, i), panel_size, bias ? panel_bias(lane, i) : nullptr,
+        const PanelPlace<E> place{panel(lane, i),
+                                  panel_size,
+                                  bias ? panel_bias(lane, i) : nullptr,
                                   out ? out + i * out_stride + first * row_size : buffer,
-                                  out ? out_stride : row_size};
+                                  out ? out_stride : row_size,
+                                  row_size};
         const ProductFn<E> run =
             taken == N ? product<E, W, 1, N, Layout::rows>
                        : select_product<E, W>(height, std::make_integer_sequence<int, R>());
@@ -368,6 +396,33 @@ class Panels {
  private:
   Value* panel(int64_t lane, int64_t i) const { return weights + (lane * count + i) * panel_size; }
   C* panel_bias(int64_t lane, int64_t i) const { return bias + (lane * count + i) * W * V::size; }
+
+  // One row times N vectors of columns, of which `here` columns there are.
+  template <int N, class S>
+  HOST_DEVICE void multiply_columns(const S* from, int64_t here, const typename E::Word* row,
+                                    V (&sums)[N]) const {
+    for (auto& sum : sums) sum = V(0);
+    const int64_t words = word_count<E>(k);
+    for (int64_t begin = 0; begin < words; begin += words_in_a_row) {
+      V partial[N];
+#pragma GCC unroll 16
+      for (auto& sum : partial) sum = V(0);
+      for (int64_t i = begin; i < words && i < begin + words_in_a_row; ++i) {
+        const V x = E::broadcast(row[i]);
+#pragma GCC unroll 16
+        for (int n = 0; n < N; ++n) {
+          const S* of_k[E::depth];
+          for (int d = 0; d < E::depth; ++d) {
+            const int64_t j = i * E::depth + d;
+            of_k[d] = d == 0 || j < k ? from + j * source.k_stride + n * V::size : nullptr;
+          }
+          partial[n] = E::multiply_add(E::across(of_k, N > 1 ? V::size : here), x, partial[n]);
+        }
+      }
+#pragma GCC unroll 16
+      for (int n = 0; n < N; ++n) sums[n] = sums[n] + partial[n];
+    }
+  }
 
   const PanelSource source;
   const int64_t panel_size;
