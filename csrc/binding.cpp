@@ -55,13 +55,14 @@ enum class CellIndex : int {
 struct CellTraits {
   CellIndex index;
   const char* name;
-  int64_t gates, saved;
+  int64_t gates, saved, unit_weights;
   bool has_c, split_gates;
 };
 
 constexpr CellTraits cell_traits[] = {
-#define FUSED_RNN_TRAITS(name, cell) \
-  {CellIndex::name, #name, cell::gates, cell::saved, cell::has_c, cell::split_gates},
+#define FUSED_RNN_TRAITS(name, cell)                               \
+  {CellIndex::name,    #name,       cell::gates,      cell::saved, \
+   cell::unit_weights, cell::has_c, cell::split_gates},
     FUSED_RNN_FOR_EACH_CELL(FUSED_RNN_TRAITS)};
 
 const CellTraits& traits(CellIndex index) { return cell_traits[static_cast<int>(index)]; }
@@ -339,7 +340,7 @@ void run_per_step(const CellTraits& cell, const Params& p, const Tensor& like) {
       },
       [&](const cuda::Product& product) { return prepare_product(product, like); }};
 #ifdef FUSED_RNN_CUDA_ON_CPU
-  const cuda_on_cpu::Arguments watched(p, cell.gates, cell.saved, host);
+  const cuda_on_cpu::Arguments watched(p, cell.gates, cell.saved, cell.unit_weights, host);
   cuda::run_per_step(cuda::CellId(cell.index), p, watched.host);
   watched.check_results();
 #else
@@ -557,7 +558,8 @@ struct LayerArguments {
   template <class Params>
   void take_weights(const CellTraits& cell, bool has_biases, Params& p) {
     const int64_t count = static_cast<int64_t>(weights.size()), each = count / p.L;
-    const int64_t unprojected = has_biases ? 4 : 2;
+    const bool has_unit_weights = cell.unit_weights > 0;
+    const int64_t unprojected = (has_biases ? 4 : 2) + has_unit_weights;
     p.projected = each == unprojected + 1;
     STD_TORCH_CHECK(count == each * p.L && (each == unprojected || p.projected),
                     "Expected weights of ", unprojected, " tensors (or ", unprojected + 1,
@@ -573,7 +575,7 @@ struct LayerArguments {
     p.H = weight_hh.size(0) / cell.gates;
     p.P = p.H;
     if (p.projected) {
-      const Tensor& weight_hr = weights[each - 1];
+      const Tensor& weight_hr = weights[each - 1 - has_unit_weights];
       STD_TORCH_CHECK(weight_hr.dim() == 2, "Expected weight_hr of shape (P, H), got ",
                       shape_string(weight_hr));
       p.P = weight_hr.size(0);
@@ -588,7 +590,9 @@ struct LayerArguments {
         to.bias_ih = take("bias_ih", *given++, {cell.gates * p.H}, "(G*H)");
         to.bias_hh = take("bias_hh", *given++, {cell.gates * p.H}, "(G*H)");
       }
-      if (p.projected) to.weight_hr = take("weight_hr", *given, {p.P, p.H}, "(P, H)");
+      if (p.projected) to.weight_hr = take("weight_hr", *given++, {p.P, p.H}, "(P, H)");
+      if (has_unit_weights)
+        to.weight_ch = take("weight_ch", *given, {cell.unit_weights * p.H}, "(U*H)");
     }
   }
 
@@ -727,6 +731,7 @@ TensorList backward(const CellTraits& cell, OptionalTensor grad_output, Optional
         lane.bias_hh = add(make_weight({rows}));
       }
       if (p.projected) lane.weight_hr = add(make_weight({p.P, p.H}));
+      if (cell.unit_weights > 0) lane.weight_ch = add(make_weight({cell.unit_weights * p.H}));
     }
     p.d_weights = d_weights.data();
   }
@@ -739,7 +744,7 @@ TensorList backward(const CellTraits& cell, OptionalTensor grad_output, Optional
 
 void check_recurrent_weights(const CellTraits& cell, const Tensor& like, const Tensor& weight_hh,
                              const OptionalTensor& bias_hh, const OptionalTensor& weight_hr,
-                             const Shape& p) {
+                             const OptionalTensor& weight_ch, const Shape& p) {
   check_kind("weight_hh", weight_hh, Kind(like));
   check_shape("weight_hh", weight_hh, {p.L, cell.gates * p.H, p.P}, "(L, G*H, P)");
   if (bias_hh) {
@@ -754,15 +759,21 @@ void check_recurrent_weights(const CellTraits& cell, const Tensor& like, const T
     STD_TORCH_CHECK(p.P == p.H, "Expected weight_hh of shape (L, G*H, H) = (", p.L, ", ",
                     cell.gates * p.H, ", ", p.H, "), got ", shape_string(weight_hh));
   }
+  STD_TORCH_CHECK(weight_ch.has_value() == (cell.unit_weights > 0), "Expected weight_ch to be ",
+                  cell.unit_weights > 0 ? "a tensor" : "None", " for ", cell.name);
+  if (weight_ch) {
+    check_kind("weight_ch", *weight_ch, Kind(like));
+    check_shape("weight_ch", *weight_ch, {p.L, cell.unit_weights * p.H}, "(L, U*H)");
+  }
 }
 
 using RecurrenceForward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 RecurrenceForward recurrence_forward(const CellTraits& cell, Tensor input_gates, OptionalTensor hx,
                                      OptionalTensor cx, Tensor weight_hh, OptionalTensor bias_hh,
-                                     OptionalTensor weight_hr, OptionalTensor lengths,
-                                     OptionalTensor resets, int64_t directions, bool save_reserve,
-                                     bool save_cells) {
+                                     OptionalTensor weight_hr, OptionalTensor weight_ch,
+                                     OptionalTensor lengths, OptionalTensor resets,
+                                     int64_t directions, bool save_reserve, bool save_cells) {
   RecurrenceForwardParams p{};
   p.dtype = storage_type("input_gates", input_gates);
   STD_TORCH_CHECK(input_gates.dim() == 4 && input_gates.size(3) % cell.gates == 0,
@@ -778,7 +789,7 @@ RecurrenceForward recurrence_forward(const CellTraits& cell, Tensor input_gates,
   p.P = weight_hh.size(2);
   p.directions = static_cast<int>(directions);
   p.projected = weight_hr.has_value();
-  check_recurrent_weights(cell, input_gates, weight_hh, bias_hh, weight_hr, p);
+  check_recurrent_weights(cell, input_gates, weight_hh, bias_hh, weight_hr, weight_ch, p);
   check_state("hx", hx, input_gates, p.L, p.B, p.P, "(L, B, P)");
   check_no_c(cell, "cx", cx);
   check_state("cx", cx, input_gates, p.L, p.B, p.H, "(L, B, H)");
@@ -790,6 +801,7 @@ RecurrenceForward recurrence_forward(const CellTraits& cell, Tensor input_gates,
   weight_hh = as_contiguous(weight_hh);
   bias_hh = as_contiguous(bias_hh);
   weight_hr = as_contiguous(weight_hr);
+  weight_ch = as_contiguous(weight_ch);
   ragged.fill(p);
   p.input_gates = sequence(input_gates);
   p.hx = pointer(hx);
@@ -797,6 +809,7 @@ RecurrenceForward recurrence_forward(const CellTraits& cell, Tensor input_gates,
   p.weight_hh = weight_hh.const_data_ptr();
   p.bias_hh = pointer(bias_hh);
   p.weight_hr = pointer(weight_hr);
+  p.weight_ch = pointer(weight_ch);
 
   const Results make{input_gates, p.lengths != nullptr};
   const Results make_state{input_gates, false};
@@ -821,15 +834,15 @@ RecurrenceForward recurrence_forward(const CellTraits& cell, Tensor input_gates,
   return {output, h_n, c_n, reserve, cells, unprojected};
 }
 
-using RecurrenceBackward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+using RecurrenceBackward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 RecurrenceBackward recurrence_backward(const CellTraits& cell, OptionalTensor grad_output,
                                        OptionalTensor grad_h_n, OptionalTensor grad_c_n,
                                        OptionalTensor grad_cells, Tensor output, Tensor reserve,
                                        Tensor cells, OptionalTensor hx, OptionalTensor cx,
                                        Tensor weight_hh, OptionalTensor weight_hr,
-                                       OptionalTensor lengths, OptionalTensor resets,
-                                       int64_t directions) {
+                                       OptionalTensor weight_ch, OptionalTensor lengths,
+                                       OptionalTensor resets, int64_t directions) {
   RecurrenceBackwardParams p{};
   p.dtype = storage_type("output", output);
   STD_TORCH_CHECK(output.dim() == 4, "Expected output of shape (T, B, L, P), got ",
@@ -845,7 +858,7 @@ RecurrenceBackward recurrence_backward(const CellTraits& cell, OptionalTensor gr
   p.H = weight_hh.size(1) / cell.gates;
   p.directions = static_cast<int>(directions);
   p.projected = weight_hr.has_value();
-  check_recurrent_weights(cell, output, weight_hh, std::nullopt, weight_hr, p);
+  check_recurrent_weights(cell, output, weight_hh, std::nullopt, weight_hr, weight_ch, p);
   check_state("hx", hx, output, p.L, p.B, p.P, "(L, B, P)");
   check_no_c(cell, "cx", cx);
   check_no_c(cell, "grad_c_n", grad_c_n);
@@ -881,6 +894,7 @@ RecurrenceBackward recurrence_backward(const CellTraits& cell, OptionalTensor gr
   cx = as_contiguous(cx);
   weight_hh = as_contiguous(weight_hh);
   weight_hr = as_contiguous(weight_hr);
+  weight_ch = as_contiguous(weight_ch);
   ragged.fill(p);
   p.grad_output = sequence(grad_output);
   p.grad_cells = sequence(grad_cells);
@@ -893,22 +907,26 @@ RecurrenceBackward recurrence_backward(const CellTraits& cell, OptionalTensor gr
   p.cx = pointer(cx);
   p.weight_hh = weight_hh.const_data_ptr();
   p.weight_hr = pointer(weight_hr);
+  p.weight_ch = pointer(weight_ch);
 
   const Results make{output, p.lengths != nullptr};
   const Results make_state{output, false};
   Tensor d_input_gates = make({p.T, p.B, p.L, cell.gates * p.H});
   Tensor d_hidden_gates = cell.split_gates ? make({p.T, p.B, p.L, cell.gates * p.H}) : make.none();
   Tensor d_output = p.projected ? make({p.T, p.B, p.L, p.P}) : make.none();
+  Tensor d_weight_ch =
+      weight_ch ? make({p.T, p.B, p.L, cell.unit_weights * p.H}, c_type) : make.none();
   Tensor d_hx = make_state({p.L, p.B, p.P});
   Tensor d_cx = cell.has_c ? make_state({p.L, p.B, p.H}) : make.none();
   p.d_input_gates = sequence(d_input_gates);
   if (cell.split_gates) p.d_hidden_gates = sequence(d_hidden_gates);
   if (p.projected) p.d_output = sequence(d_output);
+  if (weight_ch) p.d_weight_ch = sequence(d_weight_ch);
   p.d_hx = d_hx.data_ptr();
   p.d_cx = cell.has_c ? d_cx.data_ptr() : nullptr;
 
   if (p.L * p.B > 0) run_per_step(cell, p, output);
-  return {d_input_gates, d_hidden_gates, d_hx, d_cx, d_output};
+  return {d_input_gates, d_hidden_gates, d_hx, d_cx, d_output, d_weight_ch};
 }
 
 #endif
@@ -1075,19 +1093,21 @@ FUSED_RNN_FOR_EACH_CELL(FUSED_RNN_LAYER)
 #define FUSED_RNN_RECURRENCE(name, cell)                                                         \
   RecurrenceForward name##_recurrence_forward(                                                   \
       Tensor input_gates, OptionalTensor hx, OptionalTensor cx, Tensor weight_hh,                \
-      OptionalTensor bias_hh, OptionalTensor weight_hr, OptionalTensor lengths,                  \
-      OptionalTensor resets, int64_t directions, bool save_reserve, bool save_cells) {           \
+      OptionalTensor bias_hh, OptionalTensor weight_hr, OptionalTensor weight_ch,                \
+      OptionalTensor lengths, OptionalTensor resets, int64_t directions, bool save_reserve,      \
+      bool save_cells) {                                                                         \
     return recurrence_forward(traits(CellIndex::name), input_gates, hx, cx, weight_hh, bias_hh,  \
-                              weight_hr, lengths, resets, directions, save_reserve, save_cells); \
+                              weight_hr, weight_ch, lengths, resets, directions, save_reserve,   \
+                              save_cells);                                                       \
   }                                                                                              \
   RecurrenceBackward name##_recurrence_backward(                                                 \
       OptionalTensor grad_output, OptionalTensor grad_h_n, OptionalTensor grad_c_n,              \
       OptionalTensor grad_cells, Tensor output, Tensor reserve, Tensor cells, OptionalTensor hx, \
-      OptionalTensor cx, Tensor weight_hh, OptionalTensor weight_hr, OptionalTensor lengths,     \
-      OptionalTensor resets, int64_t directions) {                                               \
+      OptionalTensor cx, Tensor weight_hh, OptionalTensor weight_hr, OptionalTensor weight_ch,   \
+      OptionalTensor lengths, OptionalTensor resets, int64_t directions) {                       \
     return recurrence_backward(traits(CellIndex::name), grad_output, grad_h_n, grad_c_n,         \
                                grad_cells, output, reserve, cells, hx, cx, weight_hh, weight_hr, \
-                               lengths, resets, directions);                                     \
+                               weight_ch, lengths, resets, directions);                          \
   }
 FUSED_RNN_FOR_EACH_CELL(FUSED_RNN_RECURRENCE)
 #endif
@@ -1095,8 +1115,8 @@ FUSED_RNN_FOR_EACH_CELL(FUSED_RNN_RECURRENCE)
 // Letters as in params.h.
 //
 // One layer, all directions: `states` is empty or hx (L, B, P) and, for lstm, cx (L, B, H); `weights`
-// has for every lane weight_ih, weight_hh, bias_ih and bias_hh if has_biases, and weight_hr if there
-// is a projection. Forward returns output (T, B, L*P), h_n, c_n for lstm, the cells (T, B, L, H) if
+// has for every lane weight_ih, weight_hh, bias_ih and bias_hh if has_biases, weight_hr if there is a
+// projection, and weight_ch if the cell has weights of its own. Forward returns output (T, B, L*P), h_n, c_n for lstm, the cells (T, B, L, H) if
 // wanted, and if `save` what backward takes as `saved`: the reserve unless the cell has none, for lstm
 // the cells again, unprojected if there is a projection. Backward returns d_input, the gradients of
 // states and those of weights, each if needed.
@@ -1119,14 +1139,16 @@ constexpr const char* backward_schema =
 // What CUDA has in C++: fused_rnn/composed.py makes a layer of it. Absent results have shape (0,).
 constexpr const char* recurrence_forward_schema =
     "_recurrence_forward(Tensor input_gates, Tensor? hx, Tensor? cx, Tensor weight_hh, "
-    "Tensor? bias_hh, Tensor? weight_hr, Tensor? lengths, Tensor? resets, int directions, "
-    "bool save_reserve, bool save_cells) -> (Tensor output, Tensor h_n, Tensor c_n, "
+    "Tensor? bias_hh, Tensor? weight_hr, Tensor? weight_ch, Tensor? lengths, Tensor? resets, "
+    "int directions, bool save_reserve, bool save_cells) -> (Tensor output, Tensor h_n, Tensor "
+    "c_n, "
     "Tensor reserve, Tensor cells, Tensor unprojected)";
 constexpr const char* recurrence_backward_schema =
     "_recurrence_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, "
     "Tensor? grad_cells, Tensor output, Tensor reserve, Tensor cells, Tensor? hx, Tensor? cx, "
-    "Tensor weight_hh, Tensor? weight_hr, Tensor? lengths, Tensor? resets, int directions) -> "
-    "(Tensor d_input_gates, Tensor d_hidden_gates, Tensor d_hx, Tensor d_cx, Tensor d_output)";
+    "Tensor weight_hh, Tensor? weight_hr, Tensor? weight_ch, Tensor? lengths, Tensor? resets, "
+    "int directions) -> (Tensor d_input_gates, Tensor d_hidden_gates, Tensor d_hx, Tensor d_cx, "
+    "Tensor d_output, Tensor d_weight_ch)";
 
 // Absent results have shape (0,). On CUDA the two are Triton kernels (kernels/attention_scores.py).
 constexpr const char* attention_forward_schema =
@@ -1202,6 +1224,7 @@ PYBIND11_MODULE(_C, module) {
           py::dict traits;
           traits["gates"] = cell.gates;
           traits["saved"] = cell.saved;
+          traits["unit_weights"] = cell.unit_weights;
           traits["has_c"] = cell.has_c;
           traits["split_gates"] = cell.split_gates;
           cells[cell.name] = traits;

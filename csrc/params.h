@@ -1,7 +1,7 @@
 // The parameters of the ops: plain old data, no torch.
 //
 // Letters: T timesteps, B batch rows, L lanes, I inputs, H hidden units, P width of h (the projection,
-// or H), G gates of the cell, S saved values of the cell. Storage type s is that of the input; compute
+// or H), G gates of the cell, S saved values of the cell, U weights of the cell's own per unit. Storage type s is that of the input; compute
 // type c is float for half types and s otherwise. Lanes are independent recurrences with weights of
 // their own; lane l runs backwards in time when directions == 2 and l is odd.
 //
@@ -94,14 +94,17 @@ struct RecurrenceForwardParams : ForwardParams {
   const void* weight_hh;  // (L, G*H, P) s
   const void* bias_hh;    // (L, G*H) s, or null
   const void* weight_hr;  // (L, P, H) s, null unless projected
+  const void* weight_ch;  // (L, U, H) s, null unless the cell has weights of its own
 };
 
 struct RecurrenceBackwardParams : BackwardParams {
   const void* weight_hh;    // (L, G*H, P) s
   const void* weight_hr;    // (L, P, H) s, null unless projected
+  const void* weight_ch;    // (L, U, H) s, null unless the cell has weights of its own
   Sequence d_input_gates;   // (T, B, L, G*H) s
   Sequence d_hidden_gates;  // (T, B, L, G*H) s, null unless the cell splits its gates
   Sequence d_output;        // (T, B, L, P) s: the whole gradient of h_t; null unless projected
+  Sequence d_weight_ch;     // (T, B, L, U*H) c: every step's part of the gradient; null without it
 };
 
 // ---- the whole layer, products included: what the CPU engine does
@@ -114,6 +117,7 @@ struct LaneWeights {
   Pointer bias_ih;    // (G*H) s, or null
   Pointer bias_hh;    // (G*H) s, or null, with bias_ih
   Pointer weight_hr;  // (P, H) s, null unless projected
+  Pointer weight_ch;  // (U, H) s, null unless the cell has weights of its own
 };
 
 struct LayerForwardParams : ForwardParams {

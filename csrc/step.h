@@ -77,6 +77,17 @@ HOST_DEVICE V initial_state(const Shape& p, const void* initial, void* final_sta
   return first_step_resets(p, lane, b) ? V(0) : value;
 }
 
+// What the cell itself has of weights for `n` units from `unit`; w (U, H).
+template <class Cell, class V>
+struct UnitWeights {
+  V values[Cell::unit_weights > 0 ? Cell::unit_weights : 1];
+
+  template <class S>
+  HOST_DEVICE UnitWeights(const S* w, int64_t H, int64_t unit, int64_t n) {
+    for (int k = 0; k < Cell::unit_weights; ++k) values[k] = Memory<V>::load(w + k * H + unit, n);
+  }
+};
+
 // Stores a new h: to the output, to the engine's state and, on the row's last step, to h_n.
 template <class S, class V, class HiddenState>
 HOST_DEVICE void emit_hidden(const ForwardParams& p, const RowStep& row, int64_t unit, int64_t n,
@@ -92,16 +103,18 @@ HOST_DEVICE void emit_hidden(const ForwardParams& p, const RowStep& row, int64_t
 
 // The cell at `n` units from `unit`. prev_h, c_state and h_state point at those units of the engine's
 // state; with a projection h_state is the buffer of unprojected values that the second product reads.
+// weight_ch is the lane's.
 template <class Cell, class S, class V, class HiddenState>
 HOST_DEVICE void forward_units(const ForwardParams& p, const RowStep& row, int64_t unit, int64_t n,
-                               const V* input_gates, const V* hidden_gates,
+                               const V* input_gates, const V* hidden_gates, const void* weight_ch,
                                const HiddenState* prev_h, Compute<S>* c_state,
                                HiddenState* h_state) {
   State<V> prev{V(0), V(0)}, next{V(0), V(0)};
   if constexpr (Cell::reads_prev_h) prev.h = Memory<V>::load(prev_h, n);
   if constexpr (Cell::has_c) prev.c = Memory<V>::load(c_state, n);
   V saved[Cell::saved > 0 ? Cell::saved : 1];
-  Cell::forward(input_gates, hidden_gates, prev, next, saved);
+  const UnitWeights<Cell, V> weights(static_cast<const S*>(weight_ch), p.H, unit, n);
+  Cell::forward(input_gates, hidden_gates, weights.values, prev, next, saved);
 
   if constexpr (Cell::saved > 0) {
     if (p.reserve.data)
@@ -148,11 +161,13 @@ HOST_DEVICE V previous_state(const BackwardParams& p, const RowStep& row, const 
 }
 
 // The cell's backward at `n` units from `unit`. d_h is the whole gradient of the cell's h. What flows
-// back through hidden_gates is the caller's to pass on, unless row.reset.
+// back through hidden_gates is the caller's to pass on, unless row.reset. d_weight_ch receives this
+// row's and step's part of the gradient of the lane's weight_ch.
 template <class Cell, class S, class V>
 HOST_DEVICE void backward_units(const BackwardParams& p, const RowStep& row, int64_t unit,
-                                int64_t n, V d_h, Compute<S>* d_h_state, Compute<S>* d_c_state,
-                                V* d_input_gates, V* d_hidden_gates) {
+                                int64_t n, V d_h, const void* weight_ch, Compute<S>* d_h_state,
+                                Compute<S>* d_c_state, V* d_input_gates, V* d_hidden_gates,
+                                V* d_weight_ch) {
   State<V> prev{V(0), V(0)}, next{V(0), V(0)}, d_next{d_h, V(0)}, d_prev{V(0), V(0)};
   if constexpr (Cell::reads_h)
     next.h = Memory<V>::load(p.output.at<S>(row.t, row.b, row.lane) + unit, n);
@@ -174,7 +189,9 @@ HOST_DEVICE void backward_units(const BackwardParams& p, const RowStep& row, int
   if constexpr (Cell::saved > 0)
     for (int i = 0; i < Cell::saved; ++i)
       saved[i] = Memory<V>::load(p.reserve.at<S>(row.t, row.b, row.lane, unit, i), n);
-  Cell::backward(saved, prev, next, d_next, d_input_gates, d_hidden_gates, d_prev);
+  const UnitWeights<Cell, V> weights(static_cast<const S*>(weight_ch), p.H, unit, n);
+  Cell::backward(saved, weights.values, prev, next, d_next, d_input_gates, d_hidden_gates,
+                 d_weight_ch, d_prev);
   if (!p.projected) Memory<V>::store(row.reset ? V(0) : d_prev.h, d_h_state, n);
   if constexpr (Cell::has_c) Memory<V>::store(row.reset ? V(0) : d_prev.c, d_c_state, n);
 }

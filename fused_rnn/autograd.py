@@ -10,7 +10,6 @@ from torch import Tensor
 from torch._C._functorch import unwrap_if_dead
 
 from . import ops, reference
-from .reference import Weights
 
 
 def run_layer(
@@ -20,20 +19,22 @@ def run_layer(
     weights: Sequence[Tensor],
     has_biases: bool,
     lanes: int,
+    directions: int,
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
     want_cells: bool = False,
     batch_sizes: Tensor | None = None,
 ) -> Sequence[Tensor]:
-    """Runs one layer, all directions in one op call.
+    """Runs one layer, all directions (and heads) in one op call.
 
     Args:
         cell: a name in ``ops.CELLS``.
         input: (T, B, I).
         states: hx (D, B, P) and, for lstm, cx (D, B, H); empty for zeros.
         weights: for every direction weight_ih, weight_hh, bias_ih and bias_hh if ``has_biases``,
-            and weight_hr if there is a projection.
-        lanes: directions D, 1 or 2; the second runs backwards in time.
+            weight_hr if there is a projection, weight_ch if the cell has weights of its own.
+        lanes: how many recurrences there are, each with weights of its own: D above.
+        directions: 1, or 2: then every second lane runs backwards in time.
         lengths: (B,) int64 on input's device. resets: (T, B) bool on input's device.
         want_cells: whether the states c of every step are wanted (lstm).
         batch_sizes: (T,) int64, on the CPU only and in place of lengths. Then input (N, I), output
@@ -47,14 +48,14 @@ def run_layer(
         input.requires_grad or any([t.requires_grad for t in (*weights, *states)])
     ):
         begin = 2 + len(states)
-        call = (cell, has_biases, lanes, want_cells, begin, begin + len(weights))
+        call = (cell, has_biases, lanes, directions, want_cells, begin, begin + len(weights))
         ragged: tuple[Tensor | None, ...] = (lengths, batch_sizes, resets)
         if lengths is None and batch_sizes is None and resets is None:
             ragged = ()
         results = _apply_layer(call, input, *states, *weights, *ragged)
         return results[: _wanted_results(cell, want_cells)]
     return ops.forward_op(cell)(
-        input, states, weights, has_biases, lengths, batch_sizes, resets, lanes, lanes, False,
+        input, states, weights, has_biases, lengths, batch_sizes, resets, lanes, directions, False,
         want_cells,
     )  # fmt: skip
 
@@ -66,9 +67,9 @@ def _wanted_results(cell: str, want_cells: bool) -> int:
 
 _NOT_RAGGED = (None, None, None)
 
-# What Layer takes beside tensors: (cell, has_biases, lanes, want_cells, begin, end), where weights
-# are arguments begin to end.
-_Call = tuple[str, bool, int, bool, int, int]
+# What Layer takes beside tensors: (cell, has_biases, lanes, directions, want_cells, begin, end),
+# where weights are arguments begin to end.
+_Call = tuple[str, bool, int, int, bool, int, int]
 
 
 class Layer(torch.autograd.Function):
@@ -77,18 +78,18 @@ class Layer(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        cell, has_biases, lanes, want_cells, begin, end = args[0]
+        cell, has_biases, lanes, directions, want_cells, begin, end = args[0]
         return tuple(
             ops.forward_op(cell)(
                 args[1], args[2:begin], args[begin:end], has_biases, *(args[end:] or _NOT_RAGGED),
-                lanes, lanes, True, want_cells,
+                lanes, directions, True, want_cells,
             )
         )  # fmt: skip
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         call, *tensors = inputs
-        saved = output[_wanted_results(call[0], call[3]) :]
+        saved = output[_wanted_results(call[0], call[4]) :]
         ctx.call = call
         ctx.set_materialize_grads(False)
         if saved:
@@ -97,7 +98,7 @@ class Layer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        cell, has_biases, lanes, want_cells, begin, end = ctx.call
+        cell, has_biases, lanes, directions, want_cells, begin, end = ctx.call
         needs = ctx.needs_input_grad
         # Of the arguments all but the first are there, each in its place; then what forward saved.
         tensors, count = ctx.saved_tensors, len(needs)
@@ -114,7 +115,7 @@ class Layer(torch.autograd.Function):
         need_input = needs[1]
         need_states, need_weights = True in needs[2:begin], True in needs[begin:]
         found = ops.backward_op(cell)(
-            *given, input, states, weights, has_biases, *ragged, lanes, lanes, output,
+            *given, input, states, weights, has_biases, *ragged, lanes, directions, output,
             tensors[count:], need_input, need_states, need_weights,
         )  # fmt: skip
         rest = (None,) * (count - end)
@@ -157,7 +158,7 @@ def _differentiable_backward(
     resets: Tensor | None,
 ) -> tuple[Any, ...]:
     """The gradient under ``create_graph=True``: through the reference, which has one itself."""
-    cell, has_biases, lane_count, *_ = ctx.call
+    cell, has_biases, lane_count, directions, *_ = ctx.call
     traits = ops.CELLS[cell]
     exists = None  # (T, B): the steps that a packed sequence holds, in its order
     if batch_sizes is not None:
@@ -171,12 +172,12 @@ def _differentiable_backward(
         x, *tensors = (t.to(ops.compute_dtype(t.dtype)) for t in aliases)
         if exists is not None:
             x = x.new_zeros((*exists.shape, x.shape[1])).masked_scatter(exists.unsqueeze(2), x)
-        lanes = _lanes(tensors[len(states) :], has_biases, lane_count)
+        lanes = traits.by_lane(tensors[len(states) :], has_biases, lane_count)
         rows, width = lanes[0].weight_hh.shape
         zeros = [x.new_zeros((lane_count, x.shape[1], n)) for n in (width, rows // traits.gates)]
         hx, cx = (*tensors[: len(states)], *zeros[len(states) :])
         results = reference.layer(
-            traits.name, x, hx, cx if traits.has_c else None, lanes, lengths, resets
+            traits.name, x, hx, cx if traits.has_c else None, lanes, lengths, resets, directions
         )
         output, h_n, c_n, cells = results
         if exists is not None:
@@ -196,17 +197,6 @@ def _differentiable_backward(
         )  # fmt: skip
     rest = (None,) * (len(ctx.needs_input_grad) - 1 - len(needs))
     return (None, *(next(found) if need else None for need in needs), *rest)
-
-
-def _lanes(weights: Sequence[Tensor], has_biases: bool, lanes: int) -> list[Weights]:
-    each = len(weights) // lanes
-    found = []
-    for i in range(0, len(weights), each):
-        weight_ih, weight_hh, *rest = weights[i : i + each]
-        bias_ih, bias_hh = rest[:2] if has_biases else (None, None)
-        weight_hr = rest[-1] if len(rest) % 2 else None
-        found.append(Weights(weight_ih, weight_hh, bias_ih, bias_hh, weight_hr))
-    return found
 
 
 def run_additive_attention(

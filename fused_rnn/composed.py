@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
-from .reference import Weights
 
 if TYPE_CHECKING:
     from .ops import CellTraits
@@ -42,14 +41,16 @@ def forward(
     What is saved has other shapes than on the CPU: reserve (T, B, L, S*H), cells (T, B, L, H).
     """
     _refuse_packed(batch_sizes)
-    weight_ih, weight_hh, bias_ih, bias_hh, weight_hr = _by_kind(weights, has_biases, lanes)
+    weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_ch = _by_kind(
+        cell, weights, has_biases, lanes
+    )
     hh = _stack(weight_hh)
     T, B, _ = input.shape
     gates = _linear(input, _concatenate(weight_ih), _concatenate(bias_ih) if has_biases else None)
     output, h_n, c_n, reserve, cells, unprojected = recurrence(
         gates.view(T, B, lanes, hh.shape[1]), *_states(states), hh,
         _stack(bias_hh) if has_biases else None, _stack(weight_hr) if weight_hr else None,
-        lengths, resets, directions, save, want_cells,
+        _stack(weight_ch) if weight_ch else None, lengths, resets, directions, save, want_cells,
     )  # fmt: skip
     results = [output.flatten(2), h_n]
     if cell.has_c:
@@ -87,7 +88,7 @@ def backward(
 ) -> list[Tensor]:
     """``{cell}_backward`` by ``{cell}_recurrence_backward``."""
     _refuse_packed(batch_sizes)
-    weight_ih, weight_hh, _, _, weight_hr = _by_kind(weights, has_biases, lanes)
+    weight_ih, weight_hh, _, _, weight_hr, weight_ch = _by_kind(cell, weights, has_biases, lanes)
     T, B, I = input.shape  # noqa: E741
     output = output.unflatten(2, (lanes, -1))
     none = input.new_empty(0)
@@ -96,10 +97,11 @@ def backward(
     cells = next(left) if cell.has_c else none
     unprojected = next(left) if weight_hr else none
     hx, cx = _states(states)
-    d_input_gates, d_hidden_gates, d_hx, d_cx, d_output = recurrence(
+    d_input_gates, d_hidden_gates, d_hx, d_cx, d_output, d_weight_ch = recurrence(
         None if grad_output is None else grad_output.unflatten(2, (lanes, -1)),
         grad_h_n, grad_c_n, grad_cells, output, reserve, cells, hx, cx, _stack(weight_hh),
-        _stack(weight_hr) if weight_hr else None, lengths, resets, directions,
+        _stack(weight_hr) if weight_hr else None, _stack(weight_ch) if weight_ch else None,
+        lengths, resets, directions,
     )  # fmt: skip
     if not cell.split_gates:
         d_hidden_gates = d_input_gates
@@ -119,7 +121,7 @@ def backward(
         d_hidden_gates[:, :, lane].sum((0, 1)) if cell.split_gates else d_bias_ih[lane].clone()
         for lane in range(lanes if has_biases else 0)
     ]
-    previous = _previous_hidden(output, hx, lengths, resets)
+    previous = _previous_hidden(output, hx, lengths, resets, directions)
     for lane in range(lanes):
         d_hidden = d_hidden_gates[:, :, lane].reshape(T * B, gate_rows)
         results += [d_weight_ih[lane], d_hidden.t() @ previous[lane]]
@@ -129,6 +131,8 @@ def backward(
             d_projected = d_output[:, :, lane].reshape(T * B, output.shape[-1])
             m = unprojected[:, :, lane].reshape(T * B, unprojected.shape[-1])
             results.append(d_projected.t() @ m)
+        if weight_ch:
+            results.append(d_weight_ch[:, :, lane].sum((0, 1)).to(input.dtype))
     return results
 
 
@@ -138,14 +142,11 @@ def _refuse_packed(batch_sizes: Tensor | None) -> None:
 
 
 def _by_kind(
-    weights: Sequence[Tensor], has_biases: bool, lanes: int
-) -> tuple[Sequence[Tensor], ...]:
+    cell: CellTraits, weights: Sequence[Tensor], has_biases: bool, lanes: int
+) -> tuple[list[Tensor], ...]:
     """Per field of ``reference.Weights`` one tensor per lane, or nothing."""
-    each = len(weights) // lanes
-    kinds = [weights[i::each] for i in range(each)]
-    if not has_biases:
-        kinds[2:2] = [(), ()]
-    return (*kinds, ()) if len(kinds) < len(Weights._fields) else tuple(kinds)
+    by_lane = cell.by_lane(weights, has_biases, lanes)
+    return tuple([t for t in kind if t is not None] for kind in zip(*by_lane, strict=True))
 
 
 def _states(states: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:
@@ -175,7 +176,11 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _previous_hidden(
-    output: Tensor, hx: Tensor | None, lengths: Tensor | None, resets: Tensor | None
+    output: Tensor,
+    hx: Tensor | None,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    directions: int,
 ) -> Tensor:
     """(L, T*B, P): the h that each step's recurrent product read."""
     T, B, L, P = output.shape
@@ -183,7 +188,7 @@ def _previous_hidden(
     for lane in range(L):
         out = output[:, :, lane]
         initial = (out.new_zeros((B, P)) if hx is None else hx[lane]).unsqueeze(0)
-        if lane == 0:
+        if directions == 1 or lane % 2 == 0:
             previous = torch.cat([initial, out[:-1]])
         else:
             previous = torch.cat([out[1:], initial])

@@ -2,7 +2,7 @@
 
 All of them take time-major input unless ``batch_first``, and the weights as one flat list in
 torch.nn's order: for each layer and direction weight_ih, weight_hh, then bias_ih and bias_hh if
-``has_biases``, then weight_hr where there is a projection.
+``has_biases``, then weight_hr where there is a projection, weight_ch where there are peepholes.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import ops
 from .autograd import run_additive_attention, run_layer
+from .heads import run_heads
 
 
 def lstm(
@@ -32,6 +33,8 @@ def lstm(
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
     return_cells: bool = False,
+    peephole: bool = False,
+    coupled: bool = False,
 ) -> tuple[Tensor, ...]:
     """Long short-term memory (Hochreiter & Schmidhuber 1997; Gers et al. 2000) over a sequence.
 
@@ -46,6 +49,7 @@ def lstm(
         resets: bool (T, B), or (B, T) with ``batch_first``. Where true the state is zeroed before
             that step, and no gradient crosses.
         return_cells: also return the c of every step of the last layer, (T, B, D * H).
+        peephole, coupled: as ``fused_rnn.LSTM``.
 
     Returns:
         output (T, B, D * P), h_n, c_n[, cells], batch first as the input is.
@@ -55,7 +59,8 @@ def lstm(
     """
     h, c = (None, None) if hx is None else hx
     results = run(
-        "lstm", input, () if h is None or c is None else (h, c), params, has_biases, num_layers,
+        lstm_cell(peephole, coupled), input, () if h is None or c is None else (h, c), params,
+        has_biases, num_layers,
         dropout, train, bidirectional, batch_first, lengths, resets, return_cells,
     )  # fmt: skip
     return tuple(results)
@@ -110,6 +115,11 @@ def rnn(
         dropout, train, bidirectional, batch_first, lengths, resets,
     )  # fmt: skip
     return output, h_n
+
+
+def lstm_cell(peephole: bool, coupled: bool) -> str:
+    """The cell in ``ops.CELLS`` of an LSTM."""
+    return "lstm" + "_coupled" * coupled + "_peephole" * peephole
 
 
 def rnn_cell(nonlinearity: str) -> str:
@@ -208,7 +218,7 @@ def step(
     Returns the new (h,) or (h, c). This is what RNNCell, LSTMCell and GRUCell call.
     """
     _, *final = run(cell, input.unsqueeze(0), [s.unsqueeze(0) for s in states], weights, has_biases)
-    if cell == "lstm" and input.is_cpu:  # as run does for gru
+    if ops.CELLS[cell].has_c and input.is_cpu:  # as run does for gru
         given = (states[0] if states else input).dtype
         final = [s.to(given) for s in final]
     return tuple([s[0] for s in final])
@@ -255,10 +265,10 @@ def run(
         lengths = _check_lengths(lengths, input, input.shape[1], T, "the timesteps of input")
     if resets is not None:
         resets = _check_resets(resets, T, _batch_size(input, batch_sizes), input, batch_first)
-    lanes = 2 if bidirectional else 1
-    layers = (cell, input, states, params, has_biases, num_layers, lanes, batch_sizes)
+    directions = 2 if bidirectional else 1
+    layers = (cell, input, states, params, has_biases, num_layers, directions, batch_sizes)
     options = (lengths, resets, dropout if train else 0.0, return_cells)
-    if _is_plain_on_cpu(input):
+    if _is_plain_on_cpu(input) and params[1].dim() == 2:
         # The CPU's ops check whatever they are given, but know nothing of layers and their names.
         try:
             results = _layers(*layers, *options)
@@ -302,7 +312,7 @@ def _layers(
     params: Sequence[Tensor],
     has_biases: bool,
     num_layers: int,
-    lanes: int,
+    directions: int,
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
     resets: Tensor | None,
@@ -310,20 +320,22 @@ def _layers(
     want_cells: bool,
 ) -> Sequence[Tensor]:
     """``run_layer`` for layers over each other; the cells are those of the last."""
+    run = run_heads if params[1].dim() == 3 else run_layer
+    D = directions
     if num_layers == 1:
-        return run_layer(
-            cell, input, states, params, has_biases, lanes, lengths, resets, want_cells, batch_sizes
+        return run(
+            cell, input, states, params, has_biases, D, D, lengths, resets, want_cells, batch_sizes
         )
     # What no single layer could see.
-    each = _params_per_lane(params, has_biases, num_layers, lanes) * lanes
-    _check_states(cell, input, states, params, num_layers * lanes, batch_sizes)
+    each = _params_per_lane(cell, params, has_biases, num_layers, D) * D
+    _check_states(cell, input, states, params, num_layers * D, batch_sizes)
     finals: list[Sequence[Tensor]] = []
     cells: Sequence[Tensor] = ()
     for k in range(num_layers):
         last = k == num_layers - 1
-        input, *final = run_layer(
-            cell, input, [s[k * lanes : (k + 1) * lanes] for s in states],
-            params[k * each : (k + 1) * each], has_biases, lanes, lengths, resets,
+        input, *final = run(
+            cell, input, [s[k * D : (k + 1) * D] for s in states],
+            params[k * each : (k + 1) * each], has_biases, D, D, lengths, resets,
             want_cells and last, batch_sizes,
         )  # fmt: skip
         if last and want_cells:
@@ -339,10 +351,10 @@ def _batch_size(input: Tensor, batch_sizes: Tensor | None) -> int:
 
 
 def _params_per_lane(
-    params: Sequence[Tensor], has_biases: bool, num_layers: int, lanes: int
+    cell: str, params: Sequence[Tensor], has_biases: bool, num_layers: int, lanes: int
 ) -> int:
     each, rest = divmod(len(params), num_layers * lanes)
-    without_projection = 4 if has_biases else 2
+    without_projection = ops.CELLS[cell].weights(has_biases)
     if rest or each - without_projection not in (0, 1):
         raise RuntimeError(
             f"Expected {without_projection} params (or {without_projection + 1} with a projection) "
@@ -380,29 +392,41 @@ def _check(
     batch_sizes: Tensor | None,
 ) -> None:
     """Names the weight or state whose shape, dtype or device does not fit."""
-    each = _params_per_lane(params, has_biases, num_layers, lanes)
-    gates = ops.CELLS[cell].gates
-    names = ["weight_ih", "weight_hh"] + ["bias_ih", "bias_hh"] * has_biases
-    projected = each > len(names)
-    rows = params[1].shape[0]
-    H = rows // gates
-    P = params[each - 1].shape[0] if projected else H
+    each = _params_per_lane(cell, params, has_biases, num_layers, lanes)
+    gates, unit_weights = ops.CELLS[cell].gates, ops.CELLS[cell].unit_weights
+    projected = each > ops.CELLS[cell].weights(has_biases)
+    H, heads = _hidden_size(cell, params[1])
+    P = params[each - 1 - (unit_weights > 0)].shape[0] if projected else H
     dtype, device = input.dtype, input.device
     for i, tensor in enumerate(params):
         lane, kind = divmod(i, each)
         k, direction = divmod(lane, lanes)
         width = input.shape[-1] if k == 0 else P * lanes
-        shapes = [(gates * H, width), (gates * H, P)] + [(gates * H,)] * 2 * has_biases + [(P, H)]
-        shape = shapes[kind]
+        shapes: dict[str, tuple[int, ...]] = {
+            "weight_ih": (gates * H, width),
+            "weight_hh": (heads, gates * H // heads, H // heads) if heads else (gates * H, P),
+        }
+        if has_biases:
+            shapes |= {"bias_ih": (gates * H,), "bias_hh": (gates * H,)}
+        if projected:
+            shapes["weight_hr"] = (P, H)
+        if unit_weights:
+            shapes["weight_ch"] = (unit_weights * H,)
+        name, shape = list(shapes.items())[kind]
         if tensor.shape == shape and tensor.dtype == dtype and tensor.device == device:
             continue
-        name = [*names, "weight_hr"][kind]
         raise RuntimeError(
             f"Expected {name}_l{k}{'_reverse' if direction else ''} of shape {shape} in input's "
             f"dtype {dtype} on its device {device}, got {tuple(tensor.shape)} in {tensor.dtype} on "
             f"{tensor.device}"
         ) from None
     _check_states(cell, input, states, params, num_layers * lanes, batch_sizes)
+
+
+def _hidden_size(cell: str, weight_hh: Tensor) -> tuple[int, int]:
+    """H and, if the recurrence is block-diagonal, the number of heads, else 0."""
+    heads = weight_hh.shape[0] if weight_hh.dim() == 3 else 0
+    return weight_hh.shape[-2] * max(heads, 1) // ops.CELLS[cell].gates, heads
 
 
 def _check_states(
@@ -417,10 +441,9 @@ def _check_states(
         return
     B = _batch_size(input, batch_sizes)
     weight_hh = params[1]
-    rows, width = weight_hh.shape
-    for name, state, n in zip(
-        ("hx", "cx"), states, (width, rows // ops.CELLS[cell].gates), strict=False
-    ):
+    H, heads = _hidden_size(cell, weight_hh)
+    widths = (H if heads else weight_hh.shape[1], H)
+    for name, state, n in zip(("hx", "cx"), states, widths, strict=False):
         if tuple(state.shape) != (count, B, n):
             raise RuntimeError(
                 f"Expected {name} of shape {(count, B, n)}, got {tuple(state.shape)}"

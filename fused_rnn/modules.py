@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import Parameter
 from torch.nn.modules.rnn import RNNBase, RNNCellBase
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from . import functional
+from . import functional, ops
 
 # Taken once: inside fused_rnn.patch(), torch.nn.LSTM is our own class.
 _TorchLSTM = nn.LSTM
@@ -17,11 +18,73 @@ _TorchLSTM = nn.LSTM
 States = tuple[Tensor, ...]  # (h,) or, for LSTM, (h, c)
 
 
-class _Layer(RNNBase):
+class _Options:
+    """The options that make another cell, as layers have them that were saved before there were."""
+
+    peephole = coupled = False
+    num_heads = 1
+    _DEFAULTS: ClassVar = {"peephole": False, "coupled": False, "num_heads": 1}
+
+    def extra_repr(self) -> str:
+        chosen = {name: getattr(self, name) for name in self._DEFAULTS}
+        text: str = super().extra_repr()  # type: ignore[misc]
+        return text + "".join(
+            f", {name}={value}" for name, value in chosen.items() if value != self._DEFAULTS[name]
+        )
+
+    def _set_options(self, num_heads: int, peephole: bool = False, coupled: bool = False) -> bool:
+        """Checks and keeps the options; whether one of them is not at its default."""
+        for name, value in (("peephole", peephole), ("coupled", coupled)):
+            if not isinstance(value, bool):
+                raise TypeError(f"{name} should be of type bool, got: {type(value).__name__}")
+        if not isinstance(num_heads, int) or isinstance(num_heads, bool):
+            raise TypeError(f"num_heads should be of type int, got: {type(num_heads).__name__}")
+        hidden_size: int = self.hidden_size  # type: ignore[attr-defined]
+        if num_heads <= 0 or hidden_size % num_heads:
+            raise ValueError(
+                "num_heads should be at least 1 and divide hidden_size, got num_heads="
+                f"{num_heads} and hidden_size={hidden_size}"
+            )
+        self.peephole, self.coupled, self.num_heads = peephole, coupled, num_heads
+        return peephole or coupled or num_heads > 1
+
+
+class _Layer(_Options, RNNBase):
     """What RNN, LSTM and GRU share: everything but their constructors and their states."""
 
     def flatten_parameters(self) -> None:
         """Does nothing: the kernels pack weights themselves, wherever they lie in memory."""
+
+    def _set_weights(self) -> None:
+        """Replaces the weights by those of the cell that the options choose."""
+        if self.num_heads > 1 and self.proj_size > 0:
+            raise ValueError(
+                "num_heads should be 1 with proj_size, since a projection mixes the heads, got "
+                f"num_heads={self.num_heads} and proj_size={self.proj_size}"
+            )
+        traits, H, heads = ops.CELLS[self._cell()], self.hidden_size, self.num_heads
+        rows = traits.gates * H
+        old = dict(self._parameters)
+        self._parameters.clear()
+        self._flat_weights_names = []
+        for names in self._all_weights:
+            suffix, like = names[0].removeprefix("weight_ih"), old[names[0]]
+            assert like is not None
+            shapes: dict[str, tuple[int, ...]] = {
+                name: weight.shape if name.startswith("weight_hr") else (rows, *weight.shape[1:])
+                for name, weight in old.items()
+                if name in names and weight is not None
+            }
+            if heads > 1:
+                shapes[f"weight_hh{suffix}"] = (heads, rows // heads, H // heads)
+            if traits.unit_weights:
+                shapes[f"weight_ch{suffix}"] = (traits.unit_weights * H,)
+            for name, shape in shapes.items():
+                setattr(self, name, Parameter(like.new_empty(shape)))
+            names[:] = shapes
+        self._flat_weights_names = [name for names in self._all_weights for name in names]
+        self._init_flat_weights()
+        self.reset_parameters()
 
     def _unpack_states(self, hx: Any) -> States:
         return (hx,)
@@ -192,13 +255,17 @@ class RNN(_Layer):
         batch_first: input and output are (B, T, features) instead of (T, B, features).
         dropout: probability of zeroing an element between layers, in training.
         bidirectional: adds a direction that reads backwards; outputs are concatenated.
+        num_heads: the recurrence is block-diagonal (sLSTM's heads; Beck et al. 2024, arXiv
+            2405.04517): the hidden units are divided into this many heads of equal size, and the
+            gates of a head see the h of its own units only. ``weight_hh_l{k}`` is then (num_heads,
+            G * hidden_size / num_heads, hidden_size / num_heads), G gates.
 
     Parameters are named, shaped and initialised as torch.nn's: ``weight_ih_l{k}`` (hidden_size,
     input), ``weight_hh_l{k}`` (hidden_size, hidden_size), ``bias_ih_l{k}``, ``bias_hh_l{k}``
     (hidden_size), with ``_reverse`` appended for the second direction.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, num_heads: int = 1, **kwargs: Any) -> None:
         if "proj_size" in kwargs:
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
         if len(args) > 3:
@@ -211,6 +278,8 @@ class RNN(_Layer):
                 f"Unknown nonlinearity '{self.nonlinearity}'. Select from 'tanh' or 'relu'."
             )
         super().__init__(f"RNN_{self.nonlinearity.upper()}", *args, **kwargs)
+        if self._set_options(num_heads):
+            self._set_weights()
 
     def _cell(self) -> str:
         return functional.rnn_cell(self.nonlinearity)
@@ -261,10 +330,12 @@ class GRU(_Layer):
     order r, z, n: ``weight_ih_l{k}`` (3 * hidden_size, input) and so on.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, num_heads: int = 1, **kwargs: Any) -> None:
         if "proj_size" in kwargs:
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
         super().__init__("GRU", *args, **kwargs)
+        if self._set_options(num_heads):
+            self._set_weights()
 
     forward = RNN.forward
 
@@ -285,10 +356,30 @@ class LSTM(_Layer):
     Arguments and parameters as :class:`RNN` without ``nonlinearity``, and ``proj_size``: if above
     zero, the size h is projected to, with ``weight_hr_l{k}`` (proj_size, hidden_size). Weights hold
     the gates in the order i, f, g, o: ``weight_ih_l{k}`` (4 * hidden_size, input) and so on.
+
+    Args:
+        peephole: gates i and f also see w_i c_{t-1} and w_f c_{t-1}, gate o sees w_o c_t (Gers &
+            Schmidhuber 2000), with one weight each per unit: ``weight_ch_l{k}`` (3 * hidden_size)
+            in the order i, f, o.
+        coupled: i = 1 - f (CIFG; Greff et al. 2017, arXiv 1503.04069). There are gates f, g, o
+            only: ``weight_ih_l{k}`` (3 * hidden_size, input) and so on; with ``peephole``
+            ``weight_ch_l{k}`` (2 * hidden_size) in the order f, o.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        peephole: bool = False,
+        coupled: bool = False,
+        num_heads: int = 1,
+        **kwargs: Any,
+    ) -> None:
         super().__init__("LSTM", *args, **kwargs)
+        if self._set_options(num_heads, peephole, coupled):
+            self._set_weights()
+
+    def _cell(self) -> str:
+        return functional.lstm_cell(self.peephole, self.coupled)
 
     def _unpack_states(self, hx: Any) -> States:
         return _pair("LSTM", hx)
@@ -349,8 +440,20 @@ def _pair(name: str, hx: Any) -> States:
     return tuple(hx)
 
 
-class _Cell(RNNCellBase):
+class _Cell(_Options, RNNCellBase):
     """What RNNCell, LSTMCell and GRUCell share: one timestep of one layer."""
+
+    weight_ch: Tensor
+
+    def _set_weights(self, cell: str) -> None:
+        """Replaces the weights by those of the cell that the options choose."""
+        traits, H, heads = ops.CELLS[cell], self.hidden_size, self.num_heads
+        if heads > 1:
+            shape = (heads, traits.gates * H // heads, H // heads)
+            self.weight_hh = Parameter(self.weight_hh.new_empty(shape))
+        if traits.unit_weights:
+            self.weight_ch = Parameter(self.weight_hh.new_empty(traits.unit_weights * H))
+        self.reset_parameters()
 
     def _step(self, cell: str, input: Tensor, states: States | None) -> States:
         name = self._get_name()
@@ -380,6 +483,8 @@ class _Cell(RNNCellBase):
         has_biases = bias_ih is not None and bias_hh is not None
         if has_biases:
             weights += [bias_ih, bias_hh]
+        if self.peephole:
+            weights += [self.weight_ch]
         result = functional.step(cell, input, states or (), weights, has_biases)
         return result if batched else tuple(s.squeeze(0) for s in result)
 
@@ -407,9 +512,13 @@ class RNNCell(_Cell):
         nonlinearity: str = "tanh",
         device: Any = None,
         dtype: Any = None,
+        *,
+        num_heads: int = 1,
     ) -> None:
         super().__init__(input_size, hidden_size, bias, num_chunks=1, device=device, dtype=dtype)
         self.nonlinearity = nonlinearity
+        if self._set_options(num_heads):
+            self._set_weights("rnn_tanh")
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """input (B, input_size) and hx (B, hidden_size), or both without B; returns h' like hx."""
@@ -433,8 +542,12 @@ class GRUCell(_Cell):
         bias: bool = True,
         device: Any = None,
         dtype: Any = None,
+        *,
+        num_heads: int = 1,
     ) -> None:
         super().__init__(input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype)
+        if self._set_options(num_heads):
+            self._set_weights("gru")
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """input (B, input_size) and hx (B, hidden_size), or both without B; returns h' like hx."""
@@ -446,7 +559,7 @@ class LSTMCell(_Cell):
     """One timestep of an LSTM; drop-in for :class:`torch.nn.LSTMCell`.
 
     Args:
-        input_size, hidden_size, bias: as :class:`LSTM`.
+        input_size, hidden_size, bias, peephole, coupled, num_heads: as :class:`LSTM`.
     """
 
     def __init__(
@@ -456,8 +569,17 @@ class LSTMCell(_Cell):
         bias: bool = True,
         device: Any = None,
         dtype: Any = None,
+        *,
+        peephole: bool = False,
+        coupled: bool = False,
+        num_heads: int = 1,
     ) -> None:
-        super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
+        chunks = 3 if coupled else 4
+        super().__init__(
+            input_size, hidden_size, bias, num_chunks=chunks, device=device, dtype=dtype
+        )
+        if self._set_options(num_heads, peephole, coupled):
+            self._set_weights(functional.lstm_cell(peephole, coupled))
 
     def forward(
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
@@ -466,5 +588,5 @@ class LSTMCell(_Cell):
         states = None if hx is None else _pair("LSTMCell", hx)
         for i, state in enumerate(states or ()):
             self._check_state_dim(f"hx[{i}]", state)
-        h, c = self._step("lstm", input, states)
+        h, c = self._step(functional.lstm_cell(self.peephole, self.coupled), input, states)
         return h, c

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from . import _C, composed
+from .reference import Weights
 
 
 class CellTraits(NamedTuple):
@@ -24,8 +25,26 @@ class CellTraits(NamedTuple):
     name: str
     gates: int  # rows of weight_ih and weight_hh per hidden unit
     saved: int  # values per unit and step in the reserve
+    unit_weights: int  # weights per unit that the cell itself reads
     has_c: bool  # whether there is a cell state beside h
     split_gates: bool  # whether the gradients of input and hidden gates differ
+
+    def weights(self, has_biases: bool) -> int:
+        """How many tensors of weights a lane has without a projection."""
+        return (4 if has_biases else 2) + (self.unit_weights > 0)
+
+    def by_lane(self, weights: Sequence[Tensor], has_biases: bool, lanes: int) -> list[Weights]:
+        """An op's flat list of weights, lane by lane."""
+        each = len(weights) // lanes
+        found = []
+        for i in range(lanes):
+            left = iter(weights[i * each : (i + 1) * each])
+            weight_ih, weight_hh = next(left), next(left)
+            bias_ih, bias_hh = (next(left), next(left)) if has_biases else (None, None)
+            weight_hr = next(left) if each > self.weights(has_biases) else None
+            weight_ch = next(left) if self.unit_weights else None
+            found.append(Weights(weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_ch))
+        return found
 
 
 CELLS: dict[str, CellTraits] = {
@@ -95,7 +114,7 @@ def _register_fakes(cell: CellTraits) -> None:
         T, B = _time(input, states, batch_sizes)
         rows = input.shape[:-1]  # (T, B) or, packed, (N,)
         H, P = weights[1].shape[0] // cell.gates, weights[1].shape[1]
-        projected = len(weights) // lanes > (4 if has_biases else 2)
+        projected = len(weights) // lanes > cell.weights(has_biases)
         new = input.new_empty
         c_dtype = compute_dtype(input.dtype)
 

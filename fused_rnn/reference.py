@@ -18,13 +18,14 @@ from torch import Tensor
 
 
 class Weights(NamedTuple):
-    """One direction of one layer; G gates: 1 for RNN, 4 for LSTM, 3 for GRU."""
+    """One direction of one layer; G gates: 1 for RNN, 4 for LSTM, 3 for GRU and coupled LSTM."""
 
     weight_ih: Tensor  # (G*H, I)
-    weight_hh: Tensor  # (G*H, P)
+    weight_hh: Tensor  # (G*H, P) or, with N heads, (N, G*H/N, H/N)
     bias_ih: Tensor | None  # (G*H)
     bias_hh: Tensor | None  # (G*H)
     weight_hr: Tensor | None  # (P, H), LSTM with projection only
+    weight_ch: Tensor | None = None  # (3*H) or, coupled, (2*H): LSTM with peepholes only
 
 
 State = tuple[Tensor, Tensor | None]  # h (B, P) and, for LSTM, c (B, H)
@@ -49,6 +50,41 @@ def lstm(input_gates: Tensor, hidden_gates: Tensor, state: State) -> State:
     return torch.sigmoid(o) * torch.tanh(c), c
 
 
+def lstm_peephole(
+    input_gates: Tensor, hidden_gates: Tensor, state: State, weight_ch: Tensor
+) -> State:
+    """Gers & Schmidhuber 2000: gates i and f also see c_{t-1}, gate o sees c_t, unit by unit."""
+    _, c = state
+    assert c is not None
+    w_i, w_f, w_o = weight_ch.chunk(3)
+    i, f, g, o = (input_gates + hidden_gates).chunk(4, dim=-1)
+    c = torch.sigmoid(f + w_f * c) * c + torch.sigmoid(i + w_i * c) * torch.tanh(g)
+    return torch.sigmoid(o + w_o * c) * torch.tanh(c), c
+
+
+def lstm_coupled(input_gates: Tensor, hidden_gates: Tensor, state: State) -> State:
+    """Greff et al. 2017 (arXiv 1503.04069), CIFG: i = 1 - f; gates f, g, o."""
+    _, c = state
+    assert c is not None
+    f, g, o = (input_gates + hidden_gates).chunk(3, dim=-1)
+    f = torch.sigmoid(f)
+    c = f * c + (1 - f) * torch.tanh(g)
+    return torch.sigmoid(o) * torch.tanh(c), c
+
+
+def lstm_coupled_peephole(
+    input_gates: Tensor, hidden_gates: Tensor, state: State, weight_ch: Tensor
+) -> State:
+    """Both: i = 1 - f, where gate f sees c_{t-1} and gate o sees c_t."""
+    _, c = state
+    assert c is not None
+    w_f, w_o = weight_ch.chunk(2)
+    f, g, o = (input_gates + hidden_gates).chunk(3, dim=-1)
+    f = torch.sigmoid(f + w_f * c)
+    c = f * c + (1 - f) * torch.tanh(g)
+    return torch.sigmoid(o + w_o * c) * torch.tanh(c), c
+
+
 def gru(input_gates: Tensor, hidden_gates: Tensor, state: State) -> State:
     """Cho et al. 2014, reset gate after the recurrent product; gates r, z, n."""
     h, _ = state
@@ -60,10 +96,14 @@ def gru(input_gates: Tensor, hidden_gates: Tensor, state: State) -> State:
     return (1 - z) * n + z * h, None
 
 
-CELLS: dict[str, Callable[[Tensor, Tensor, State], State]] = {
+# Cells with weights of their own take them as a last argument.
+CELLS: dict[str, Callable[..., State]] = {
     "rnn_tanh": rnn_tanh,
     "rnn_relu": rnn_relu,
     "lstm": lstm,
+    "lstm_peephole": lstm_peephole,
+    "lstm_coupled": lstm_coupled,
+    "lstm_coupled_peephole": lstm_coupled_peephole,
     "gru": gru,
 }
 
@@ -78,6 +118,20 @@ def mask_beyond(sequence: Tensor, lengths: Tensor | None) -> Tensor:
     if lengths is None:
         return sequence
     return sequence.masked_fill(beyond(lengths, sequence.shape[0]).unsqueeze(-1), 0)
+
+
+def recurrent_product(h: Tensor, weight_hh: Tensor, bias_hh: Tensor | None) -> Tensor:
+    """(B, G*H): weight_hh h + bias_hh, where weight_hh may be block-diagonal.
+
+    With N heads (as in sLSTM; Beck et al. 2024, arXiv 2405.04517), the gates of a head's units see
+    the h of these units alone.
+    """
+    if weight_hh.dim() == 2:
+        return F.linear(h, weight_hh, bias_hh)
+    heads, _, width = weight_hh.shape
+    by_head = torch.einsum("bnk,nrk->bnr", h.unflatten(1, (heads, width)), weight_hh)
+    product = by_head.unflatten(2, (-1, width)).transpose(1, 2).flatten(1)
+    return product if bias_hh is None else product + bias_hh
 
 
 def direction(
@@ -105,6 +159,7 @@ def direction(
     """
     T = input.shape[0]
     h, c = hx, cx
+    own = () if weights.weight_ch is None else (weights.weight_ch,)
     input_gates = F.linear(mask_beyond(input, lengths), weights.weight_ih, weights.bias_ih)
     outputs: list[Tensor] = [torch.zeros_like(hx)] * T
     cells: list[Tensor] = [] if cx is None else [torch.zeros_like(cx)] * T
@@ -114,8 +169,8 @@ def direction(
             keep = ~resets[t].unsqueeze(-1)
             h_before = torch.where(keep, h, torch.zeros_like(h))
             c_before = None if c is None else torch.where(keep, c, torch.zeros_like(c))
-        hidden_gates = F.linear(h_before, weights.weight_hh, weights.bias_hh)
-        h_new, c_new = CELLS[cell](input_gates[t], hidden_gates, (h_before, c_before))
+        hidden_gates = recurrent_product(h_before, weights.weight_hh, weights.bias_hh)
+        h_new, c_new = CELLS[cell](input_gates[t], hidden_gates, (h_before, c_before), *own)
         if weights.weight_hr is not None:
             h_new = F.linear(h_new, weights.weight_hr)
         if lengths is None:
@@ -143,16 +198,23 @@ def layer(
     weights: Sequence[Weights],
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
+    directions: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Runs one layer: one direction per entry of ``weights``, the second backwards in time.
+
+    With ``directions`` there may be more entries: of two directions every second runs backwards.
 
     Takes hx (D, B, P) and cx (D, B, H); returns output (T, B, D, P), h_n (D, B, P), and for lstm
     c_n (D, B, H) and cells (T, B, D, H), else None.
     """
+    both = (directions or len(weights)) == 2
     results = [
-        direction(cell, input, hx[d], None if cx is None else cx[d], w, d == 1, lengths, resets)
+        direction(
+            cell, input, hx[d], None if cx is None else cx[d], w, both and d % 2 == 1, lengths,
+            resets,
+        )
         for d, w in enumerate(weights)
-    ]
+    ]  # fmt: skip
     outputs, h_n, c_n, cells = zip(*results, strict=True)
     output = torch.stack(outputs, dim=2)
     if cx is None:

@@ -33,24 +33,29 @@ void copy_state(const fused_rnn::State<T>& from, double* to) {
 }
 
 template <class Cell, class T>
-void forward(const double* inputs, const double* hidden, const double* prev, double* next,
-             double* saved) {
+void forward(const double* inputs, const double* hidden, const double* weights, const double* prev,
+             double* next, double* saved) {
   const Values<T, Cell::gates> input_gates(inputs), hidden_gates(hidden);
+  const Values<T, Cell::unit_weights> own(weights);
   Values<T, Cell::saved> kept;
   fused_rnn::State<T> after{NAN, NAN};
-  Cell::forward(input_gates.v, hidden_gates.v, state<T>(prev), after, kept.v);
+  Cell::forward(input_gates.v, hidden_gates.v, own.v, state<T>(prev), after, kept.v);
   copy_state(after, next);
   kept.copy_to(saved);
 }
 
 template <class Cell, class T>
-void backward(const double* saved, const double* prev, const double* next, const double* d_next,
-              double* d_inputs, double* d_hidden, double* d_prev) {
+void backward(const double* saved, const double* weights, const double* prev, const double* next,
+              const double* d_next, double* d_inputs, double* d_hidden, double* d_weights,
+              double* d_prev) {
   const Values<T, Cell::saved> kept(saved);
+  const Values<T, Cell::unit_weights> own(weights);
+  Values<T, Cell::unit_weights> d_own;
   Values<T, Cell::gates> d_input_gates, d_hidden_gates;
   fused_rnn::State<T> d_before{NAN, NAN};
-  Cell::backward(kept.v, state<T>(prev), state<T>(next), state<T>(d_next), d_input_gates.v,
-                 d_hidden_gates.v, d_before);
+  Cell::backward(kept.v, own.v, state<T>(prev), state<T>(next), state<T>(d_next), d_input_gates.v,
+                 d_hidden_gates.v, d_own.v, d_before);
+  d_own.copy_to(d_weights);
   d_input_gates.copy_to(d_inputs);
   d_hidden_gates.copy_to(d_hidden);
   copy_state(d_before, d_prev);
@@ -58,14 +63,15 @@ void backward(const double* saved, const double* prev, const double* next, const
 
 }  // namespace
 
-#define FUSED_RNN_EXPORT_AS(name, cell, type)                                                    \
-  extern "C" void name##_forward_##type(const double* i, const double* h, const double* p,       \
-                                        double* n, double* s) {                                  \
-    forward<fused_rnn::cell, type>(i, h, p, n, s);                                               \
-  }                                                                                              \
-  extern "C" void name##_backward_##type(const double* s, const double* p, const double* n,      \
-                                         const double* dn, double* di, double* dh, double* dp) { \
-    backward<fused_rnn::cell, type>(s, p, n, dn, di, dh, dp);                                    \
+#define FUSED_RNN_EXPORT_AS(name, cell, type)                                               \
+  extern "C" void name##_forward_##type(const double* i, const double* h, const double* w,  \
+                                        const double* p, double* n, double* s) {            \
+    forward<fused_rnn::cell, type>(i, h, w, p, n, s);                                       \
+  }                                                                                         \
+  extern "C" void name##_backward_##type(const double* s, const double* w, const double* p, \
+                                         const double* n, const double* dn, double* di,     \
+                                         double* dh, double* dw, double* dp) {              \
+    backward<fused_rnn::cell, type>(s, w, p, n, dn, di, dh, dw, dp);                        \
   }
 #define FUSED_RNN_EXPORT(name, cell)      \
   FUSED_RNN_EXPORT_AS(name, cell, double) \

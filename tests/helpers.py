@@ -226,7 +226,8 @@ def by_reference(cell: str, layer: Any) -> Callable[..., Any]:
         x = time_major(input)
         if hx is None:
             zeros = states(layer, x.shape[1], dtype=x.dtype, device=x.device)
-            hx = tuple(map(torch.zeros_like, zeros)) if cell == "lstm" else torch.zeros_like(zeros)
+            zero = map(torch.zeros_like, as_tuple(zeros))
+            hx = tuple(zero) if isinstance(zeros, tuple) else next(zero)
         h, c = (*as_tuple(hx), None)[:2]
         output, h_n, c_n, cells = reference.stacked(
             cell,

@@ -24,7 +24,7 @@ BASELINE = Path(__file__).with_suffix(".json")
 TARGETS = {"sm_80": "compute_80", "sm_90a": "compute_90a", "sm_100": "compute_100"}
 UPDATE = "If this is deliberate: python tests/kernel_resources.py --update"
 
-# What types are called in kernel names.
+# What types are called in kernel names; c is for coupled, p for peephole.
 TYPES = {
     "double": "fp64",
     "float": "fp32",
@@ -32,7 +32,10 @@ TYPES = {
     "Half": "fp16",
     "Rnn<TanhActivation>": "rnn_tanh",
     "Rnn<ReluActivation>": "rnn_relu",
-    "Lstm": "lstm",
+    "LstmCell<false, false>": "lstm",
+    "LstmCell<false, true>": "lstm_p",
+    "LstmCell<true, false>": "lstm_c",
+    "LstmCell<true, true>": "lstm_cp",
     "Gru": "gru",
 }
 

@@ -49,30 +49,34 @@ def errors(library: ctypes.CDLL, cell: str, scalar: str) -> float:
     generator = torch.Generator().manual_seed(3)
     worst = 0.0
     for _ in range(8):
-        inputs, hidden, state, d_state = (
+        inputs, hidden, weights, state, d_state = (
             torch.randn(n, generator=generator, dtype=torch.float64, requires_grad=True)
-            for n in (traits.gates, traits.gates, 2, 2)
+            for n in (traits.gates, traits.gates, traits.unit_weights, 2, 2)
         )
+        own = (weights,) if traits.unit_weights else ()
         h, c = state[:1], state[1:] if traits.has_c else None
-        next_h, next_c = reference.CELLS[cell](inputs, hidden, (h, c))
+        next_h, next_c = reference.CELLS[cell](inputs, hidden, (h, c), *own)
         loss = d_state[0] * next_h.sum() + (d_state[1] * next_c.sum() if next_c is not None else 0)
-        d_inputs, d_hidden, d_prev = torch.autograd.grad(
-            loss, (inputs, hidden, state), allow_unused=True, retain_graph=True
+        d_inputs, d_hidden, d_prev, *d_own = torch.autograd.grad(
+            loss, (inputs, hidden, state, *own), allow_unused=True, retain_graph=True
         )
         d_prev = torch.zeros(2) if d_prev is None else d_prev
 
         next_out, saved = nans(2), nans(traits.saved)
         getattr(library, f"{cell}_forward_{scalar}")(
-            array(inputs.tolist()), array(hidden.tolist()), array(state.tolist()), next_out, saved
-        )
+            array(inputs.tolist()), array(hidden.tolist()), array(weights.tolist()),
+            array(state.tolist()), next_out, saved,
+        )  # fmt: skip
         d_inputs_out, d_hidden_out, d_prev_out = nans(traits.gates), nans(traits.gates), nans(2)
+        d_weights_out = nans(traits.unit_weights)
         getattr(library, f"{cell}_backward_{scalar}")(
-            saved, array(state.tolist()), next_out, array(d_state.tolist()), d_inputs_out,
-            d_hidden_out, d_prev_out,
+            saved, array(weights.tolist()), array(state.tolist()), next_out,
+            array(d_state.tolist()), d_inputs_out, d_hidden_out, d_weights_out, d_prev_out,
         )  # fmt: skip
         pairs = [
             *zip(d_inputs_out, d_inputs.tolist(), strict=True),
             *zip(d_hidden_out, d_hidden.tolist(), strict=True),
+            *((ours, exact) for d in d_own for ours, exact in zip(d_weights_out, d, strict=True)),
             (next_out[0], next_h.item()),
             (d_prev_out[0], d_prev[0].item()),
         ]

@@ -20,13 +20,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import helpers
 import native
 import pytest
 import torch
 from torch import Tensor
 
+import fused_rnn
 from fused_rnn import autograd, composed, ops, reference
 from fused_rnn.reference import Weights
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 GATES = {name: traits.gates for name, traits in ops.CELLS.items()}
 
@@ -79,6 +83,7 @@ def make_case(
             random(rows) if bias else None,
             random(rows) if bias else None,
             random(P, H) if projection else None,
+            random(ops.CELLS[cell].unit_weights * H) if ops.CELLS[cell].unit_weights else None,
         )
         for _ in range(directions)
     ]
@@ -86,7 +91,7 @@ def make_case(
         "cell": cell,
         "input": random(T, B, 3),
         "hx": random(directions, B, P),
-        "cx": random(directions, B, H) if cell == "lstm" else None,
+        "cx": random(directions, B, H) if ops.CELLS[cell].has_c else None,
         "weights": weights,
         "lengths": torch.randint(0, T + 1, (B,)) if ragged else None,
         "resets": torch.rand(T, B) < 0.3 if resets else None,
@@ -111,7 +116,7 @@ def results(case: dict, run) -> list[Tensor]:
 
 def run_reference(**case) -> tuple:
     output, *final = reference.layer(**case)
-    return output.flatten(2), *(final if case["cell"] == "lstm" else final[:1])
+    return output.flatten(2), *(final if case["cx"] is not None else final[:1])
 
 
 def run_per_step(**case) -> tuple:
@@ -123,7 +128,8 @@ def run_per_step(**case) -> tuple:
         weights=[t for lane in lanes for t in lane if t is not None],
         has_biases=lanes[0].bias_ih is not None,
         lanes=len(lanes),
-        want_cells=case["cell"] == "lstm",
+        directions=len(lanes),
+        want_cells=ops.CELLS[case["cell"]].has_c,
     )
 
 
@@ -136,7 +142,7 @@ def configurations(cell: str, shapes: list[tuple[int, int, int]]) -> list[tuple]
         for shape, directions, projection, bias, ragged, resets in itertools.product(
             shapes, (1, 2), (0, 2), (True, False), (False, True), (False, True)
         )
-        if not projection or (cell == "lstm" and projection < shape[2])
+        if not projection or (ops.CELLS[cell].has_c and projection < shape[2])
     ]
 
 
@@ -159,7 +165,7 @@ def compare_with_reference(cell: str, shapes: list[tuple[int, int, int]]) -> Non
 @pytest.mark.parametrize("cell", GATES)
 def test_other_dtypes_obey_the_tolerance_rule(cell, dtype):
     """Error against float64 at most twice that of the plain loop in the same dtype."""
-    projection = 3 if cell == "lstm" else 0
+    projection = 3 if ops.CELLS[cell].has_c else 0
     case = make_case(cell, 6, 4, 17, 2, projection, True, True, True, dtype)
     exact_case = {
         key: value.detach().double().requires_grad_()
@@ -183,7 +189,7 @@ def test_other_dtypes_obey_the_tolerance_rule(cell, dtype):
 @pytest.mark.parametrize("cell", GATES)
 def test_same_bits_under_any_schedule(per_step, cell, dtype):
     """Twenty schedules; among the shapes one of two blocks along the units."""
-    for H, projection in ((9, 4 if cell == "lstm" else 0), (130, 0)):
+    for H, projection in ((9, 4 if ops.CELLS[cell].has_c else 0), (130, 0)):
         case = make_case(cell, 3, 3, H, 2, projection, True, True, True, dtype)
         expected = results(case, run_per_step)
         for seed in range(20):
@@ -258,6 +264,17 @@ def print_faults(library: str) -> None:
     print(json.dumps(messages))
 
 
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+def test_heads_equal_reference(name):
+    """Six lanes in one launch: three heads of two directions, lengths and resets."""
+    layer = getattr(fused_rnn, name)(5, 9, bidirectional=True, num_heads=3, dtype=torch.float64)
+    x, hx = helpers.dyadic(4, 3, 5), helpers.states(layer, 3)
+    ragged = {"lengths": torch.tensor([4, 0, 2]), "resets": torch.rand(4, 3) < 0.3}
+    call = helpers.by_reference(layer._cell(), layer)
+    expected = helpers.run(layer, x, hx, call=call, **ragged)
+    helpers.assert_near(helpers.run(layer, x, hx, **ragged), expected)
+
+
 def test_empty_batch_and_time():
     for T, B in ((0, 3), (4, 0)):
         case = make_case("lstm", T, B, 5, 2, 0, True, False, False)
@@ -300,6 +317,7 @@ def forward_arguments(cell: str, variant: str = "plain", T: int = 4) -> dict[str
         "weight_hh": torch.randn(L, rows, P),
         "bias_hh": None if bare else torch.randn(L, rows),
         "weight_hr": torch.randn(L, P, H) if variant == "projected" else None,
+        "weight_ch": torch.randn(L, traits.unit_weights * H) if traits.unit_weights else None,
         "lengths": torch.arange(B) % (T + 1) if ragged else None,
         "resets": torch.rand(T, B) < 0.3 if ragged else None,
         "directions": 2 if variant in ("two_directions", "projected") else 1,
@@ -322,7 +340,8 @@ def backward_arguments(cell: str, variant: str = "plain", T: int = 4) -> dict[st
         "output": output,
         "reserve": reserve,
         "cells": cells,
-        **{k: given[k] for k in ("hx", "cx", "weight_hh", "weight_hr", "lengths", "resets")},
+        **{k: given[k] for k in ("hx", "cx", "weight_hh", "weight_hr", "weight_ch")},
+        **{k: given[k] for k in ("lengths", "resets")},
         "directions": given["directions"],
     }
 
@@ -379,7 +398,7 @@ def test_recurrence_without_timesteps(cell, variant):
     output, h_n, c_n, *_ = recurrence_op(cell, "forward")(**given)
     assert output.numel() == 0
     backward = backward_arguments(cell, variant, T=0)
-    _, _, d_hx, d_cx, _ = recurrence_op(cell, "backward")(**backward)
+    _, _, d_hx, d_cx, *_ = recurrence_op(cell, "backward")(**backward)
     pairs = [(h_n, given["hx"]), (d_hx, backward["grad_h_n"])]
     if ops.CELLS[cell].has_c:
         pairs += [(c_n, given["cx"]), (d_cx, backward["grad_c_n"])]
@@ -407,7 +426,8 @@ def wrong_arguments(arguments: dict[str, Any]) -> list[tuple[str, Any]]:
 @pytest.mark.parametrize("direction", ARGUMENTS)
 @pytest.mark.parametrize("cell", GATES)
 def test_errors_of_a_recurrence_name_the_argument(cell, direction):
-    given = ARGUMENTS[direction](cell, "projected" if cell == "lstm" else "ragged")
+    has_c = ops.CELLS[cell].has_c
+    given = ARGUMENTS[direction](cell, "projected" if has_c else "ragged")
     silent = []
     for name, wrong in wrong_arguments(given):
         what = f"{name}={getattr(wrong, 'shape', wrong)} {getattr(wrong, 'dtype', '')}"

@@ -53,6 +53,7 @@ def forward_arguments(
     lane = [(rows, I), (rows, P)]
     lane += [] if bare else [(rows,), (rows,)]
     lane += [(P, H)] if projected else []
+    lane += [(traits.unit_weights * H,)] if traits.unit_weights else []
     states = [(L, B, P), (L, B, H)] if traits.has_c else [(L, B, P)]
     return {
         "input": random(T, B, I) if batch_sizes is None else random(int(batch_sizes.sum()), I),
@@ -80,7 +81,7 @@ def lengths_of(given: Arguments) -> Tensor | None:
 
 def saved_names(cell: str, given: Arguments) -> list[str]:
     traits = ops.CELLS[cell]
-    projected = len(given["weights"]) == given["lanes"] * (5 if given["has_biases"] else 3)
+    projected = len(given["weights"]) > given["lanes"] * traits.weights(given["has_biases"])
     has = {"reserve": traits.saved, "saved_cells": traits.has_c, "unprojected": projected}
     return [name for name, there in has.items() if there]
 
@@ -269,8 +270,8 @@ def names_in(cell: str, field: str, arguments: Arguments) -> list[str]:
         return ["hx", "cx"][: len(arguments[field])]
     if field == "saved":
         return saved_names(cell, arguments)
-    lane = ["weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr"]
-    return lane[: len(arguments[field]) // arguments["lanes"]] * arguments["lanes"]
+    lanes = ops.CELLS[cell].by_lane(arguments[field], arguments["has_biases"], arguments["lanes"])
+    return [name for lane in lanes for name, t in lane._asdict().items() if t is not None]
 
 
 def wrong_tensors(name: str, value: Tensor) -> list[Tensor]:
@@ -325,7 +326,7 @@ def wrong_arguments(cell: str, arguments: Arguments) -> list[tuple[str, str, Any
 @pytest.mark.parametrize("cell", CELLS)
 def test_errors_name_the_argument(cell: str, packed: bool, direction: str) -> None:
     op, arguments = DIRECTIONS[direction]
-    variants = ("projected", "packed_projected") if cell == "lstm" else ("ragged", "packed")
+    variants = ("projected", "packed_projected") if ops.CELLS[cell].has_c else ("ragged", "packed")
     given = arguments(cell, variants[packed])
     silent = []
     for name, field, wrong in wrong_arguments(cell, given):

@@ -7,21 +7,24 @@
 //   struct MyCell {
 //     static constexpr int gates;            // rows of weight_ih and weight_hh per unit
 //     static constexpr int saved;            // values per unit that forward keeps in the reserve
+//     static constexpr int unit_weights;     // weights per unit that the cell itself reads
 //     static constexpr bool has_c;           // whether there is a cell state beside h
 //     static constexpr bool split_gates;     // whether d_hidden_gates differs from d_input_gates
 //     static constexpr bool reads_prev_h;    // which states backward reads besides `saved`
 //     static constexpr bool reads_h;         //   (it may always read prev.c and next.c if has_c)
 //     template <class V> static void forward(const V* input_gates, const V* hidden_gates,
-//                                            const State<V>& prev, State<V>& next, V* saved);
-//     template <class V> static void backward(const V* saved, const State<V>& prev,
-//                                             const State<V>& next, const State<V>& d_next,
-//                                             V* d_input_gates, V* d_hidden_gates,
-//                                             State<V>& d_prev);
+//                                            const V* weights, const State<V>& prev,
+//                                            State<V>& next, V* saved);
+//     template <class V> static void backward(const V* saved, const V* weights,
+//                                             const State<V>& prev, const State<V>& next,
+//                                             const State<V>& d_next, V* d_input_gates,
+//                                             V* d_hidden_gates, V* d_weights, State<V>& d_prev);
 //   };
 //
 // input_gates is W_ih x_t + b_ih and hidden_gates is W_hh h_{t-1} + b_hh, gate by gate. d_next is the
 // whole gradient that reaches this step's states. d_prev receives what flows back to the previous
-// states directly; what flows through hidden_gates is the engine's product with W_hh.
+// states directly; what flows through hidden_gates is the engine's product with W_hh. d_weights is this
+// step's part of the gradient of the unit's own weights.
 #pragma once
 
 #include "../macros.h"

@@ -7,8 +7,11 @@
 #include "rnn.h"
 
 // X(name in op names and Python, cell type)
-#define FUSED_RNN_FOR_EACH_CELL(X) \
-  X(rnn_tanh, RnnTanh)             \
-  X(rnn_relu, RnnRelu)             \
-  X(lstm, Lstm)                    \
+#define FUSED_RNN_FOR_EACH_CELL(X)              \
+  X(rnn_tanh, RnnTanh)                          \
+  X(rnn_relu, RnnRelu)                          \
+  X(lstm, Lstm)                                 \
+  X(lstm_peephole, LstmPeephole)                \
+  X(lstm_coupled, LstmCoupled)                  \
+  X(lstm_coupled_peephole, LstmCoupledPeephole) \
   X(gru, Gru)

@@ -16,14 +16,15 @@ namespace fused_rnn {
 struct Gru {
   static constexpr int gates = 3;
   static constexpr int saved = 4;
+  static constexpr int unit_weights = 0;
   static constexpr bool has_c = false;
   static constexpr bool split_gates = true;
   static constexpr bool reads_prev_h = true;
   static constexpr bool reads_h = false;
 
   template <class V>
-  static HOST_DEVICE void forward(const V* input_gates, const V* hidden_gates, const State<V>& prev,
-                                  State<V>& next, V* saved) {
+  static HOST_DEVICE void forward(const V* input_gates, const V* hidden_gates, const V*,
+                                  const State<V>& prev, State<V>& next, V* saved) {
     const V r = sigmoid(input_gates[0] + hidden_gates[0]);
     const V z = sigmoid(input_gates[1] + hidden_gates[1]);
     const V n = tanh(input_gates[2] + r * hidden_gates[2]);
@@ -35,8 +36,8 @@ struct Gru {
   }
 
   template <class V>
-  static HOST_DEVICE void backward(const V* saved, const State<V>& prev, const State<V>&,
-                                   const State<V>& d_next, V* d_input_gates, V* d_hidden_gates,
+  static HOST_DEVICE void backward(const V* saved, const V*, const State<V>& prev, const State<V>&,
+                                   const State<V>& d_next, V* d_input_gates, V* d_hidden_gates, V*,
                                    State<V>& d_prev) {
     const V r = saved[0], z = saved[1], n = saved[2], hidden_n = saved[3];
     const V d_n = d_next.h * (V(1) - z) * (V(1) - n * n);

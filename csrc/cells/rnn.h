@@ -35,20 +35,21 @@ template <class Activation>
 struct Rnn {
   static constexpr int gates = 1;
   static constexpr int saved = 0;
+  static constexpr int unit_weights = 0;
   static constexpr bool has_c = false;
   static constexpr bool split_gates = false;
   static constexpr bool reads_prev_h = false;
   static constexpr bool reads_h = true;
 
   template <class V>
-  static HOST_DEVICE void forward(const V* input_gates, const V* hidden_gates, const State<V>&,
-                                  State<V>& next, V*) {
+  static HOST_DEVICE void forward(const V* input_gates, const V* hidden_gates, const V*,
+                                  const State<V>&, State<V>& next, V*) {
     next.h = Activation::value(input_gates[0] + hidden_gates[0]);
   }
 
   template <class V>
-  static HOST_DEVICE void backward(const V*, const State<V>&, const State<V>& next,
-                                   const State<V>& d_next, V* d_input_gates, V* d_hidden_gates,
+  static HOST_DEVICE void backward(const V*, const V*, const State<V>&, const State<V>& next,
+                                   const State<V>& d_next, V* d_input_gates, V* d_hidden_gates, V*,
                                    State<V>& d_prev) {
     const V d_gate = d_next.h * Activation::derivative(next.h);
     d_input_gates[0] = d_gate;

@@ -132,6 +132,10 @@ class Backward {
       gradient[i].take_memory(arena, p.L, word_count<E>(chunks.capacity),
                               packs_strips(i) ? nullptr : &gradient[0], !std::is_same_v<S, C>,
                               with_bias && i < 2 && packs_strips(i));
+    if (Cell::unit_weights > 0 && p.d_weights) {
+      d_weight_ch_rows = arena.take<C>(p.L * chunks.capacity * unit_weights_width());
+      d_weight_ch_sums = arena.take<C>(p.L * unit_weights_width());
+    }
     if (p.d_input) other_d_inputs = arena.take<C>((p.L - 1) * p.T * p.B * p.I);
   }
 
@@ -143,6 +147,8 @@ class Backward {
   struct Place {
     int64_t t, b;
   };
+
+  int64_t unit_weights_width() const { return Cell::unit_weights * c_width; }
 
   // Unless the cell splits its gates, the first two weights have the same d_gates.
   static constexpr bool packs_strips(int g) { return g != 1 || Cell::split_gates; }
@@ -217,6 +223,11 @@ class Backward {
         memset(gradient[g].bias_sums + (lane * gradient[g].strip_count() + strips.begin) * V::size,
                0, (strips.end - strips.begin) * V::size * sizeof(C));
       }
+    if (d_weight_ch_sums) {
+      const Share vectors(unit_weights_width() / V::size, part.index, parts);
+      memset(d_weight_ch_sums + lane * unit_weights_width() + vectors.begin * V::size, 0,
+             (vectors.end - vectors.begin) * V::size * sizeof(C));
+    }
   }
 
   void load_gradient(const void* from, int64_t width, int64_t lane, int64_t b, C* to) {
@@ -294,9 +305,15 @@ class Backward {
   HOST_DEVICE void cell_units(const RowStep& row, int64_t step, int64_t i, int64_t chunk_row,
                               int64_t unit, int64_t n, V d_h) {
     V d_input_gates[Cell::gates], d_hidden_gates[Cell::gates];
-    backward_units<Cell, S>(p, row, unit, n, d_h, h_row(row.lane, i) + unit,
+    V d_weight_ch[Cell::unit_weights > 0 ? Cell::unit_weights : 1];
+    backward_units<Cell, S>(p, row, unit, n, d_h, p.weights[row.lane].weight_ch,
+                            h_row(row.lane, i) + unit,
                             Cell::has_c ? c_row(row.lane, i) + unit : nullptr, d_input_gates,
-                            d_hidden_gates);
+                            d_hidden_gates, d_weight_ch);
+    if (Cell::unit_weights > 0 && d_weight_ch_rows)
+      for (int k = 0; k < Cell::unit_weights; ++k)
+        d_weight_ch[k].store(d_weight_ch_rows + chunk_row * unit_weights_width() + k * c_width +
+                             unit);
     Value* state = gates_row(step + 1, row.lane, i) + unit;
     for (int g = 0; g < Cell::gates; ++g)
       Memory<V>::store(row.reset ? V(0) : d_hidden_gates[g], state + g * p.H, n);
@@ -392,6 +409,7 @@ class Backward {
   void multiply(const Part& part, int64_t chunk) {
     const int64_t rows = rows_of(part.lane, chunk);
     if (p.d_input) multiply_d_input(part, rows);
+    if (d_weight_ch_rows) add_weight_ch(part, rows);
     for (int g = 0; g < gradient_count; ++g) {
       if (packs_strips(g)) pack_strips(part, gradient[g], rows);
       multiply_strips(part, g, rows, chunk == 0);
@@ -431,20 +449,40 @@ class Backward {
       pack_rows<E>(rows, of.rows - column, strip, vector_values,
                    [&](int64_t k) { return from + k * width + column; });
       if (!of.bias_sums) continue;
-      C* sums = of.bias_sums + (part.lane * of.strip_count() + i) * V::size;
-      V total = V::load(sums);
-      constexpr int64_t in_a_row = 32;  // partial sums, so that rounding does not pile up
-      for (int64_t begin = 0; begin < word_count<E>(rows); begin += in_a_row) {
-        V sum(0);
-        for (int64_t k = begin; k < begin + in_a_row && k < word_count<E>(rows); ++k) {
-          V words;
-          memcpy(&words.v, strip + k * vector_values, sizeof(V));
-          sum = E::multiply_add(words, E::broadcast(E::one), sum);
-        }
-        total = total + sum;
-      }
-      total.store(sums);
+      add_in_parts(
+          word_count<E>(rows),
+          [&](int64_t k, V sum) {
+            V words;
+            memcpy(&words.v, strip + k * vector_values, sizeof(V));
+            return E::multiply_add(words, E::broadcast(E::one), sum);
+          },
+          of.bias_sums + (part.lane * of.strip_count() + i) * V::size);
     }
+  }
+
+  // The parts of weight_ch's gradient, which cell_units left, by this part's share of its columns.
+  void add_weight_ch(const Part& part, int64_t rows) {
+    const int64_t width = unit_weights_width();
+    const C* from = d_weight_ch_rows + part.lane * chunks.capacity * width;
+    const Share vectors(width / V::size, part.index, parts);
+    for (int64_t i = vectors.begin * V::size; i < vectors.end * V::size; i += V::size) {
+      C* sums = d_weight_ch_sums + part.lane * width + i;
+      add_in_parts(
+          rows, [&](int64_t row, V sum) { return sum + V::load(from + row * width + i); }, sums);
+    }
+  }
+
+  // sums += what `add` adds up over 0..count, in partial sums, so that rounding does not pile up.
+  template <class Add>
+  static void add_in_parts(int64_t count, const Add& add, C* sums) {
+    constexpr int64_t in_a_row = 32;
+    V total = V::load(sums);
+    for (int64_t begin = 0; begin < count; begin += in_a_row) {
+      V sum(0);
+      for (int64_t k = begin; k < begin + in_a_row && k < count; ++k) sum = add(k, sum);
+      total = total + sum;
+    }
+    total.store(sums);
   }
 
   // Where the gradient of weight g is summed up.
@@ -497,6 +535,15 @@ class Backward {
 
   void store_gradients(const Part& part) {
     const int64_t lane = part.lane;
+    if (d_weight_ch_sums) {
+      const Share vectors(c_width / V::size, part.index, parts);
+      S* to = static_cast<S*>(p.d_weights[lane].weight_ch);
+      for (int k = 0; k < Cell::unit_weights; ++k)
+        for (int64_t unit = vectors.begin * V::size; unit < vectors.end * V::size; unit += V::size)
+          Memory<V>::store(
+              V::load(d_weight_ch_sums + lane * unit_weights_width() + k * c_width + unit),
+              to + k * p.H + unit, p.H - unit);
+    }
     for (int g = 0; g < gradient_count; ++g) {
       const Gradient& of = gradient[g];
       const Share strips(of.strip_count(), part.index, parts);
@@ -559,5 +606,7 @@ class Backward {
   Value* d_input_rows = nullptr;  // [lane][row of chunk][gates_width]
   Value* d_hidden_rows = nullptr;  // the same, or the same again if the cell splits its gates
   Value* d_output_rows = nullptr;  // [lane][row of chunk][d_output_width]
+  C* d_weight_ch_rows = nullptr;   // [lane][row of chunk][weight of a unit][c_width]
+  C* d_weight_ch_sums = nullptr;   // [lane][weight of a unit][c_width]
   C* other_d_inputs = nullptr;     // [lane - 1][t][row][I]
 };

@@ -233,8 +233,8 @@ class Forward {
         from_hidden[g] = V::load(tile + (g * per_gate + v) * V::size);
       }
       forward_units<Cell, S>(
-          p, row, unit, p.H - unit, from_input, from_hidden, h_row(step, row.lane, i) + unit,
-          Cell::has_c ? c_row(row.lane, i) + unit : nullptr,
+          p, row, unit, p.H - unit, from_input, from_hidden, p.weights[row.lane].weight_ch,
+          h_row(step, row.lane, i) + unit, Cell::has_c ? c_row(row.lane, i) + unit : nullptr,
           p.projected ? m_row(row.lane, i) + unit : h_row(step + 1, row.lane, i) + unit);
     }
   }

@@ -46,6 +46,15 @@ DEVICE int64_t row_index() { return block_index().y; }
 DEVICE int64_t row_stride() { return grid_size().y; }
 DEVICE int64_t lane_index() { return block_index().z; }
 
+// The lane's own weights of the cell, if it has such.
+template <class Cell, class S, class Params>
+DEVICE const S* weight_ch_of(const Params& p, int64_t lane) {
+  if constexpr (Cell::unit_weights > 0)
+    return static_cast<const S*>(p.weight_ch) + lane * Cell::unit_weights * p.H;
+  else
+    return nullptr;
+}
+
 template <class T>
 HOST_DEVICE T* at(T* state, int64_t B, int64_t n, int64_t lane, int64_t b) {
   return state ? state + (lane * B + b) * n : nullptr;
@@ -87,7 +96,8 @@ KERNEL void forward_kernel(RecurrenceForwardParams p, ForwardState<S> state, int
             hidden_gates[g] + Memory<V>::load(bias + (lane * Cell::gates + g) * p.H + unit, 1);
     }
     S* h = p.projected ? at(state.unprojected, p.B, p.H, lane, b) : at(state.h, p.B, p.P, lane, b);
-    forward_units<Cell, S>(p, row, unit, 1, input_gates, hidden_gates, h + unit,
+    forward_units<Cell, S>(p, row, unit, 1, input_gates, hidden_gates,
+                           weight_ch_of<Cell, S>(p, lane), h + unit,
                            Cell::has_c ? at(state.c, p.B, p.H, lane, b) + unit : nullptr, h + unit);
   }
 }
@@ -121,13 +131,18 @@ KERNEL void load_final_kernel(RecurrenceBackwardParams p, BackwardState<S> state
 }
 
 template <class Cell, class S>
-HOST_DEVICE void backward_unit(const RecurrenceBackwardParams& p, const BackwardState<S>& state,
-                               const RowStep& row, int64_t unit, Compute<S> d_h) {
+DEVICE void backward_unit(const RecurrenceBackwardParams& p, const BackwardState<S>& state,
+                          const RowStep& row, int64_t unit, Compute<S> d_h) {
   using V = Compute<S>;
   V d_input_gates[Cell::gates], d_hidden_gates[Cell::gates];
-  backward_units<Cell, S>(p, row, unit, 1, d_h, at(state.d_h, p.B, p.P, row.lane, row.b) + unit,
+  V d_weight_ch[Cell::unit_weights > 0 ? Cell::unit_weights : 1];
+  backward_units<Cell, S>(p, row, unit, 1, d_h, weight_ch_of<Cell, S>(p, row.lane),
+                          at(state.d_h, p.B, p.P, row.lane, row.b) + unit,
                           Cell::has_c ? at(state.d_c, p.B, p.H, row.lane, row.b) + unit : nullptr,
-                          d_input_gates, d_hidden_gates);
+                          d_input_gates, d_hidden_gates, d_weight_ch);
+  if constexpr (Cell::unit_weights > 0)
+    for (int k = 0; k < Cell::unit_weights; ++k)
+      p.d_weight_ch.at<V>(row.t, row.b, row.lane)[k * p.H + unit] = d_weight_ch[k];
   S* d_inputs = p.d_input_gates.at<S>(row.t, row.b, row.lane) + unit;
   S* d_gates = at(state.d_gates, p.B, Cell::gates * p.H, row.lane, row.b) + unit;
   for (int g = 0; g < Cell::gates; ++g) {

@@ -14,7 +14,8 @@ namespace fused_rnn::cuda_on_cpu {
 
 class Arguments {
  public:
-  Arguments(const RecurrenceForwardParams& p, int64_t gates, int64_t saved, const cuda::Host& host)
+  Arguments(const RecurrenceForwardParams& p, int64_t gates, int64_t saved, int64_t unit_weights,
+            const cuda::Host& host)
       : Arguments(p, host) {
     forget();
     const int64_t storage = storage_bytes(), compute = compute_bytes();
@@ -25,6 +26,7 @@ class Arguments {
     given("weight_hh", p.weight_hh, p.L * gates * p.H * p.P * storage);
     given("bias_hh", p.bias_hh, p.L * gates * p.H * storage);
     given("weight_hr", p.weight_hr, p.L * p.P * p.H * storage);
+    given("weight_ch", p.weight_ch, p.L * unit_weights * p.H * storage);
     sequence("output", p.output, p.P * storage, storage, false);
     wanted("h_n", p.h_n, p.L * p.B * p.P * storage);
     wanted("c_n", p.c_n, p.L * p.B * p.H * storage);
@@ -34,7 +36,8 @@ class Arguments {
     sequence("unprojected", p.unprojected, p.H * storage, storage, false);
   }
 
-  Arguments(const RecurrenceBackwardParams& p, int64_t gates, int64_t saved, const cuda::Host& host)
+  Arguments(const RecurrenceBackwardParams& p, int64_t gates, int64_t saved, int64_t unit_weights,
+            const cuda::Host& host)
       : Arguments(p, host) {
     forget();
     const int64_t storage = storage_bytes(), compute = compute_bytes();
@@ -50,6 +53,8 @@ class Arguments {
     given("cx", p.cx, p.L * p.B * p.H * storage);
     given("weight_hh", p.weight_hh, p.L * gates * p.H * p.P * storage);
     given("weight_hr", p.weight_hr, p.L * p.P * p.H * storage);
+    given("weight_ch", p.weight_ch, p.L * unit_weights * p.H * storage);
+    sequence("d_weight_ch", p.d_weight_ch, unit_weights * p.H * compute, compute, false);
     wanted("d_hx", p.d_hx, p.L * p.B * p.P * storage);
     wanted("d_cx", p.d_cx, p.L * p.B * p.H * storage);
     sequence("d_input_gates", p.d_input_gates, gates * p.H * storage, storage, false);

@@ -1,0 +1,321 @@
+"""Options that make another cell of a layer, against the plain loops of ``reference.py``."""
+
+from __future__ import annotations
+
+import copy
+import io
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    as_tuple,
+    assert_close_like_torch,
+    assert_equal,
+    assert_near,
+    by_reference,
+    double,
+    dyadic,
+    run,
+    states,
+)
+from torch import Tensor
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import fused_rnn
+from fused_rnn import functional, ops, reference
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+I, H, T, B = 5, 18, 7, 4  # noqa: E741
+
+# The layer's class and its options: each alone, and the pairs.
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    ("LSTM", {"peephole": True}),
+    ("LSTM", {"coupled": True}),
+    ("LSTM", {"peephole": True, "coupled": True}),
+    ("LSTM", {"num_heads": 3}),
+    ("LSTM", {"num_heads": 3, "peephole": True}),
+    ("LSTM", {"num_heads": 9, "coupled": True}),
+    ("RNN", {"num_heads": 3}),
+    ("RNN", {"num_heads": 2, "nonlinearity": "relu"}),
+    ("GRU", {"num_heads": 3}),
+    ("GRU", {"num_heads": 18}),
+]
+every_variant = pytest.mark.parametrize(
+    "name, options",
+    VARIANTS,
+    ids=["-".join([name, *(f"{k}={v}" for k, v in o.items())]) for name, o in VARIANTS],
+)
+SHAPES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "stacked": {"num_layers": 2, "bidirectional": True, "batch_first": True},
+    "projected": {"bidirectional": True, "proj_size": 6},
+    "bare": {"bias": False, "bidirectional": True},
+}
+
+
+def make(name: str, *sizes: int, **options: Any) -> Any:
+    return getattr(fused_rnn, name)(*(sizes or (I, H)), **options)
+
+
+def ragged() -> dict[str, Tensor]:
+    return {"lengths": torch.tensor([T, 0, 3, 5]), "resets": torch.rand(T, B) < 0.3}
+
+
+@every_variant
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("is_ragged", [False, True], ids=["dense", "ragged"])
+def test_equals_reference(name, options, shape, is_ragged):
+    """Values and all gradients in float64, to 1e-10."""
+    if shape == "projected" and (name != "LSTM" or "num_heads" in options):
+        pytest.skip("no projection")
+    layer = make(name, dtype=torch.float64, **SHAPES[shape], **options)
+    arguments: dict[str, Any] = ragged() if is_ragged else {}
+    arguments |= {"return_cells": True} if name == "LSTM" else {}
+    x = dyadic(T, B, I)
+    if layer.batch_first:
+        x = x.transpose(0, 1)
+        if is_ragged:
+            arguments["resets"] = arguments["resets"].T
+    for hx in (None, states(layer, B)):
+        expected = run(layer, x, hx, call=by_reference(layer._cell(), layer), **arguments)
+        assert_near(run(layer, x, hx, **arguments), expected)
+
+
+@every_variant
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_tolerance_rule(name, options, dtype):
+    layer = make(name, bidirectional=True, **options).to(dtype)
+    exact, arguments = double(layer), ragged()
+    ours, plain, truth = [], [], []
+    for _ in range(3):
+        x, hx = dyadic(T, B, I, dtype=dtype), states(layer, B, dtype=dtype)
+        call = by_reference(layer._cell(), layer)
+        ours.append(run(layer, x, hx, **arguments))
+        plain.append(run(layer, x, hx, call=call, **arguments))
+        truth.append(run(exact, double(x), double(hx), **arguments))
+    assert_close_like_torch(ours, plain, truth)
+
+
+@every_variant
+def test_packed_equals_lengths(name, options):
+    layer = make(name, dtype=torch.float64, **options)
+    lengths = torch.tensor([T, 5, 3, 1])
+    x = dyadic(T, B, I)
+    exists = torch.arange(T).unsqueeze(1) < lengths
+    padded, padded_final = layer(x, lengths=lengths)
+    packed, packed_final = layer(pack_padded_sequence(x, lengths))
+    assert torch.equal(packed.data, padded[exists])
+    assert all(map(torch.equal, as_tuple(packed_final), as_tuple(padded_final)))
+    grads = [
+        torch.autograd.grad(
+            output.square().sum() + sum(s.sum() for s in as_tuple(final)), list(layer.parameters())
+        )
+        for output, final in ((padded, padded_final), (packed.data, packed_final))
+    ]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@every_variant
+def test_gradcheck_twice(name, options):
+    heads = options.get("num_heads", 1)
+    layer = make(name, 2, heads * max(1, 3 // heads), dtype=torch.float64, **options)
+    names = [name for name, _ in layer.named_parameters()]
+
+    def call(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        given = dict(zip(names, weights, strict=True))
+        output, final = torch.func.functional_call(layer, given, (x,))
+        return output, *as_tuple(final)
+
+    leaves = [torch.randn(3, 2, 2, dtype=torch.float64), *(p.detach() for p in layer.parameters())]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    assert torch.autograd.gradcheck(call, leaves, fast_mode=True)
+    assert torch.autograd.gradgradcheck(call, leaves, fast_mode=True)
+
+
+@every_variant
+def test_same_bits_on_any_number_of_threads(name, options):
+    layer = make(name, 33, 72, bidirectional=True, **options)
+    x, hx = dyadic(40, 9, 33, dtype=torch.float32), states(layer, 9, dtype=torch.float32)
+    expected = run(layer, x, hx)
+    for threads in (2, 3, 5):
+        torch.set_num_threads(threads)
+        assert_equal(run(layer, x, hx), expected)
+
+
+@every_variant
+def test_compiled_without_a_break(name, options):
+    layer = make(name, num_layers=2, bidirectional=True, **options)
+    x = dyadic(T, B, I, dtype=torch.float32)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    assert_equal(run(layer, x, call=lambda *given: compiled(*given)), run(layer, x))
+
+
+@every_variant
+def test_cell_is_one_step_of_the_layer(name, options):
+    layer = make(name, dtype=torch.float64, **options)
+    cell = make(f"{name}Cell", dtype=torch.float64, **options)
+    cell.load_state_dict({k.removesuffix("_l0"): v for k, v in layer.state_dict().items()})
+    x, hx = dyadic(1, B, I), states(layer, B)
+    _, expected = layer(x, hx)
+    given = tuple(s[0] for s in as_tuple(hx))
+    found = cell(x[0], given if name == "LSTM" else given[0])
+    for a, b in zip(as_tuple(found), as_tuple(expected), strict=True):
+        assert torch.equal(a, b[0])
+    assert all(
+        f"{option}={value}" in repr(cell).replace("'", "") for option, value in options.items()
+    )
+
+
+@every_variant
+def test_parameters(name, options):
+    """Named and shaped as documented, with torch.nn's initial values; saved, copied, pickled."""
+    layer = make(name, num_layers=2, bidirectional=True, **options)
+    gates = {"RNN": 1, "GRU": 3, "LSTM": 3 if options.get("coupled") else 4}[name]
+    heads = options.get("num_heads", 1)
+    expected = {}
+    for k, suffix in itertools.product(range(2), ("", "_reverse")):
+        end = f"_l{k}{suffix}"
+        expected |= {
+            "weight_ih" + end: (gates * H, I if k == 0 else 2 * H),
+            "weight_hh" + end: (gates * H, H)
+            if heads == 1
+            else (heads, gates * H // heads, H // heads),
+            "bias_ih" + end: (gates * H,),
+            "bias_hh" + end: (gates * H,),
+        }
+        if options.get("peephole"):
+            expected["weight_ch" + end] = ((gates - 1) * H,)
+    assert {k: tuple(v.shape) for k, v in layer.state_dict().items()} == expected
+    assert list(layer.state_dict()) == list(expected)
+    assert [n for names in layer._all_weights for n in names] == list(expected)
+    assert len(layer._flat_weights) == len(expected)
+    for parameter in layer.parameters():
+        assert 0.5 * H**-0.5 < parameter.abs().max() <= H**-0.5
+    x = torch.randn(T, B, I)
+    buffer = io.BytesIO()
+    torch.save(layer, buffer)
+    buffer.seek(0)
+    for other in (copy.deepcopy(layer), torch.load(buffer, weights_only=False)):
+        assert torch.equal(other(x)[0], layer(x)[0])
+        assert repr(other) == repr(layer)
+    for option, value in options.items():
+        assert option == "nonlinearity" or f"{option}={value}" in repr(layer)
+
+
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+def test_defaults_leave_the_layer_as_it_is(name):
+    torch.manual_seed(0)
+    plain = getattr(torch.nn, name)(I, H, 2)
+    torch.manual_seed(0)
+    ours = make(name, I, H, 2, **({"peephole": False, "coupled": False} if name == "LSTM" else {}))
+    assert list(plain.state_dict()) == list(ours.state_dict())
+    for a, b in zip(plain.parameters(), ours.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert repr(plain) == repr(ours)
+
+
+@every_variant
+def test_functional_form(name, options):
+    layer = make(name, num_layers=2, **options)
+    x = torch.randn(T, B, I)
+    chosen = {k: v for k, v in options.items() if k != "num_heads"}  # weight_hh tells
+    call = getattr(functional, name.lower())
+    found = call(x, None, list(layer.parameters()), num_layers=2, **chosen)
+    output, final = layer(x)
+    assert all(map(torch.equal, found, (output, *as_tuple(final))))
+
+
+def test_peepholes_of_zero_are_none():
+    plain = make("LSTM", dtype=torch.float64)
+    layer = make("LSTM", dtype=torch.float64, peephole=True)
+    layer.load_state_dict(plain.state_dict(), strict=False)
+    with torch.no_grad():
+        layer.weight_ch_l0.zero_()
+    x = dyadic(T, B, I)
+    torch.testing.assert_close(layer(x)[0], plain(x)[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+def test_heads_are_a_block_diagonal_recurrence(name, bidirectional):
+    """torch.nn's layer, whose weight_hh is zero between units of different heads."""
+    heads = 3
+    layer = make(name, dtype=torch.float64, num_heads=heads, bidirectional=bidirectional)
+    plain = getattr(torch.nn, name)(I, H, bidirectional=bidirectional, dtype=torch.float64)
+    weights = layer.state_dict()
+    for key in [key for key in weights if key.startswith("weight_hh")]:
+        blocks = weights[key].unflatten(1, (-1, H // heads))  # (N, G, H/N, H/N)
+        weights[key] = torch.cat([torch.block_diag(*blocks[:, g]) for g in range(blocks.shape[1])])
+    plain.load_state_dict(weights)
+    x, hx = dyadic(T, B, I), states(layer, B)
+    ours, theirs = layer(x, hx), plain(x, hx)
+    for a, b in zip((ours[0], *as_tuple(ours[1])), (theirs[0], *as_tuple(theirs[1])), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+BOTH_LSTMS = pytest.mark.parametrize("name", ["LSTM", "LSTMCell"])
+EVERY_CLASS = pytest.mark.parametrize(
+    "name", ["RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell"]
+)
+
+
+@BOTH_LSTMS
+@pytest.mark.parametrize("option", ["peephole", "coupled"])
+@pytest.mark.parametrize("value", [1, None, "yes"])
+def test_options_of_another_type_are_refused(name, option, value):
+    with pytest.raises(TypeError, match=f"{option} should be of type bool, got: "):
+        make(name, **{option: value})
+
+
+@EVERY_CLASS
+def test_heads_that_do_not_fit_are_refused(name):
+    for value in (0, -1, 4, 19):
+        with pytest.raises(ValueError, match=rf"divide hidden_size, got num_heads={value} .*=18"):
+            make(name, num_heads=value)
+    for value in (1.0, True, None):
+        with pytest.raises(TypeError, match="num_heads should be of type int, got: "):
+            make(name, num_heads=value)
+
+
+def test_heads_with_a_projection_are_refused():
+    with pytest.raises(ValueError, match="num_heads=3 and proj_size=6"):
+        make("LSTM", num_heads=3, proj_size=6)
+
+
+@pytest.mark.parametrize("name", ["RNN", "GRU", "RNNCell", "GRUCell"])
+@pytest.mark.parametrize("option", ["peephole", "coupled"])
+def test_options_of_lstm_are_refused_elsewhere(name, option):
+    with pytest.raises(TypeError, match=option):
+        make(name, **{option: True})
+
+
+@pytest.mark.parametrize(
+    "weight, shape, expected",
+    [("weight_ch", (2 * H,), (3 * H,)), ("weight_hh", (2, 36, 9), (3, 24, 6))],
+)
+def test_a_weight_that_does_not_fit_is_named(weight, shape, expected):
+    layer = make("LSTM", num_layers=2, bidirectional=True, peephole=True, num_heads=3)
+    setattr(layer, f"{weight}_l1_reverse", torch.nn.Parameter(torch.zeros(shape)))
+    with pytest.raises(RuntimeError) as caught:
+        layer(torch.randn(T, B, I))
+    message = f"{weight}_l1_reverse of shape {expected} in input's dtype"
+    assert message in str(caught.value) and f"got {shape}" in str(caught.value)
+
+
+def test_states_that_do_not_fit_are_named():
+    layer = make("GRU", num_heads=3)
+    with pytest.raises(RuntimeError, match=r"Expected hidden size \(1, 4, 18\), got"):
+        layer(torch.randn(T, B, I), torch.zeros(1, B, H // 3))
+    with pytest.raises(RuntimeError, match=r"Expected hx of shape \(1, 4, 18\)"):
+        functional.gru(torch.randn(T, B, I), torch.zeros(1, B, 6), list(layer.parameters()))
+
+
+def test_every_cell_is_somebodys():
+    """Each cell in the ops is the reference's, and some layer's."""
+    assert set(ops.CELLS) == set(reference.CELLS)
+    chosen = [("RNN", {}), ("RNN", {"nonlinearity": "relu"}), ("GRU", {}), ("LSTM", {}), *VARIANTS]
+    assert set(ops.CELLS) == {make(name, **options)._cell() for name, options in chosen}
