@@ -25,6 +25,7 @@ FORMATTED := $(filter %.h %.cpp %.cu %.cuh,$(SOURCES) $(shell find tests -type f
 demo: $(VENV)/.built
 	$(BIN)/python examples/sentiment.py
 	$(BIN)/python examples/translate.py --short
+	$(BIN)/python examples/recurrent_policy.py --short
 	$(BIN)/fused-rnn-bench quick
 
 test: $(VENV)/.built
