@@ -1,8 +1,9 @@
-"""Our layers against themselves: what ragged time, bfloat16 and a second thread cost or save.
+"""Our layers against themselves: what options, bfloat16 and a second thread cost or save.
 
-The peer is fused_rnn's dense float32 call with all threads; a row's result is first held against
-the plain PyTorch loop (``fused_rnn.reference``) under the same option. "one thread" is the dense
-call on all threads, and its peer the same call on one.
+The peer is fused_rnn's dense float32 call with all threads, of the plain cell; a row's result is
+first held against the plain PyTorch loop (``fused_rnn.reference``) under the same option. "one
+thread" is the dense call on all threads, and its peer the same call on one. "coupled, loop" has the
+plain loop for a peer, and so on.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import fused_rnn
-from fused_rnn import reference
+from fused_rnn import ops, reference
 
 from . import layers, timing
 from .layers import Called
@@ -31,6 +32,14 @@ SHAPES = (
 )
 OPTIONS = ("bfloat16", "lengths", "resets", "packed", "one thread")
 
+# Options of the constructor, the cells that have them, and the shape they are measured at.
+VARIANTS: dict[str, tuple[dict[str, Any], Sequence[str]]] = {
+    "peephole": ({"peephole": True}, ("LSTM",)),
+    "coupled": ({"coupled": True}, ("LSTM",)),
+    "heads": ({"num_heads": 4}, ("LSTM", "GRU", "RNN")),
+}
+VARIANT_SHAPE = Shape(128, 16, 128, 128)
+
 
 class _Loop(Called):
     """The same by the reference."""
@@ -39,12 +48,11 @@ class _Loop(Called):
         layer, lengths = self.layer, self.arguments.get("lengths")
         if self.batch_sizes is not None:
             input, lengths = pad_packed_sequence(PackedSequence(input, self.batch_sizes))
-        cell = "rnn_tanh" if isinstance(layer, fused_rnn.RNN) else type(layer).__name__.lower()
+        cell = ops.CELLS[layer._cell()]  # type: ignore[operator]
         zeros = input.new_zeros((1, input.shape[1], int(layer.hidden_size)))  # type: ignore[arg-type]
-        weight_ih, weight_hh, bias_ih, bias_hh = layer.parameters()
-        weights = reference.Weights(weight_ih, weight_hh, bias_ih, bias_hh, None)
+        weights = cell.by_lane(list(layer.parameters()), has_biases=True, lanes=1)
         output, h_n, c_n, _ = reference.layer(
-            cell, input, zeros, zeros if cell == "lstm" else None, [weights], lengths,
+            cell.name, input, zeros, zeros if cell.has_c else None, weights, lengths,
             self.arguments.get("resets"),
         )  # fmt: skip
         output = output.flatten(2)
@@ -68,6 +76,17 @@ def measure(
                     time = timing.interleave(against_dense, budget_s) if check.passed else None
                     dtype = "bfloat16" if option == "bfloat16" else "float32"
                     yield layers.Row(f"{cell} {option}", mode, shape, "cpu", dtype, check, time)
+    for option, (_, having) in VARIANTS.items():
+        for cell in (c for c in having if c in cells):
+            for mode in MODES:
+                announce(f"{cell} {option} {mode} {VARIANT_SHAPE}")
+                against_loop, against_plain = _pairs(option, cell, mode, VARIANT_SHAPE)
+                check = timing.check(against_loop)
+                for name, pair in ((option, against_plain), (f"{option}, loop", against_loop)):
+                    time = timing.interleave(pair, budget_s) if check.passed else None
+                    yield layers.Row(
+                        f"{cell} {name}", mode, VARIANT_SHAPE, "cpu", "float32", check, time
+                    )
 
 
 def _pairs(option: str, cell: str, mode: str, shape: Shape) -> tuple[timing.Pair, timing.Pair]:
@@ -80,6 +99,9 @@ def _pairs(option: str, cell: str, mode: str, shape: Shape) -> tuple[timing.Pair
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         layer: nn.Module = getattr(fused_rnn, cell)(I, H)
+        plain_layer = layer
+        if option in VARIANTS:
+            layer = getattr(fused_rnn, cell)(I, H, **VARIANTS[option][0])
     dense = draw(T, B, I)
     states = [draw(1, B, H) for _ in range(2 if cell == "LSTM" else 1)]
     grads = [draw(T, B, H), *states]
@@ -105,7 +127,7 @@ def _pairs(option: str, cell: str, mode: str, shape: Shape) -> tuple[timing.Pair
     own = dtype
     ours, device = run(Called, dtype), torch.device("cpu")
     checked = timing.Pair(ours, run(_Loop, dtype), run(_Loop, torch.float64), device)
-    plain = make(Called(layer), dense, [draw(T, B, H), *states])
+    plain = make(Called(plain_layer), dense, [draw(T, B, H), *states])
     if option == "one thread":
         plain = _on_one_thread(plain)
     return checked, timing.Pair(ours, plain, checked.exact, device)
