@@ -3,6 +3,7 @@
 from . import functional
 from .attention import Attention, AttentionDecoder
 from .convert import convert, patch
+from .keras import from_keras
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 
 __version__ = "0.1.0"
@@ -17,6 +18,7 @@ __all__ = [
     "LSTMCell",
     "RNNCell",
     "convert",
+    "from_keras",
     "functional",
     "patch",
 ]

@@ -1,0 +1,81 @@
+"""Weights of Keras layers as state_dicts of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# By gates: where our gates stand among Keras's. LSTM has i, f, c, o for our i, f, g, o; GRU z, r, h
+# for our r, z, n.
+_ORDER = {1: (0,), 3: (1, 0, 2), 4: (0, 1, 2, 3)}
+
+
+def from_keras(weights: Sequence[Any], *, reset_after: bool = True) -> dict[str, Tensor]:
+    """The ``state_dict`` of an RNN, LSTM or GRU with the weights of a Keras layer.
+
+    Keras holds kernel (I, G*H), recurrent_kernel (H, G*H) and bias; G is 1 for SimpleRNN, 4 for
+    LSTM (gates i, f, c, o) and 3 for GRU (z, r, h). bias is (G*H), or (2, 3*H) for a GRU with
+    ``reset_after=True``: one for the input, one for the recurrence. Ours are weight_ih (G*H, I),
+    weight_hh (G*H, H), and bias_ih and bias_hh (G*H), of which the latter is zero where Keras has
+    one bias only.
+
+    Args:
+        weights: what the Keras layer's ``get_weights()`` returns, arrays or tensors: kernel,
+            recurrent_kernel and, unless ``use_bias=False``, bias; of a Bidirectional layer those of
+            the forward direction, then those of the backward one.
+        reset_after: the argument of Keras's GRU. Only its default, True, can be loaded.
+
+    Returns:
+        The state_dict of a layer with ``input_size`` I, ``hidden_size`` H, one layer, and the
+        biases and directions that Keras had. It is for the default activations: tanh and sigmoid.
+
+    Raises:
+        ValueError: the shapes are not those of such a layer; the message names the weight.
+    """
+    if not reset_after:
+        raise ValueError("Expected reset_after=True: fused_rnn.GRU has no other form yet")
+    tensors = [torch.as_tensor(weight) for weight in weights]
+    each = {2: 2, 3: 3, 4: 2, 6: 3}.get(len(tensors), 0)
+    if not each:
+        raise ValueError(
+            "Expected weights of kernel, recurrent_kernel and perhaps bias, once or, of a "
+            f"Bidirectional layer, twice, got {len(tensors)} of shapes {[tuple(t.shape) for t in tensors]}"
+        )
+    state: dict[str, Tensor] = {}
+    for suffix, first in zip(("_l0", "_l0_reverse"), range(0, len(tensors), each), strict=False):
+        direction = _direction(tensors[first : first + each])
+        state |= {name + suffix: tensor for name, tensor in direction.items()}
+    return state
+
+
+def _direction(weights: Sequence[Tensor]) -> dict[str, Tensor]:
+    kernel, recurrent, *bias = weights
+    H = recurrent.shape[0] if recurrent.dim() == 2 else 0
+    gates = recurrent.shape[1] // H if H else 0
+    if recurrent.dim() != 2 or gates not in _ORDER or recurrent.shape[1] != gates * H:
+        raise ValueError(
+            "Expected recurrent_kernel of shape (H, H) for SimpleRNN, (H, 4*H) for LSTM or "
+            f"(H, 3*H) for GRU, got {tuple(recurrent.shape)}"
+        )
+    if kernel.dim() != 2 or kernel.shape[1] != gates * H:
+        raise ValueError(
+            f"Expected kernel of shape (I, {gates * H}) beside recurrent_kernel "
+            f"{tuple(recurrent.shape)}, got {tuple(kernel.shape)}"
+        )
+
+    def ours(rows: Tensor) -> Tensor:
+        """(G*H, ...) in our order of gates."""
+        return rows.unflatten(0, (gates, H))[list(_ORDER[gates])].flatten(0, 1)
+
+    found = {"weight_ih": ours(kernel.t()), "weight_hh": ours(recurrent.t())}
+    if bias:
+        expected = (2, gates * H) if gates == 3 else (gates * H,)
+        if tuple(bias[0].shape) != expected:
+            hint = "; a GRU with reset_after=False cannot be loaded" if gates == 3 else ""
+            raise ValueError(f"Expected bias of shape {expected}, got {tuple(bias[0].shape)}{hint}")
+        both = bias[0] if gates == 3 else torch.stack([bias[0], torch.zeros_like(bias[0])])
+        found |= {"bias_ih": ours(both[0]), "bias_hh": ours(both[1])}
+    return found
