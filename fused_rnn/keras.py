@@ -40,9 +40,10 @@ def from_keras(weights: Sequence[Any], *, reset_after: bool = True) -> dict[str,
     tensors = [torch.as_tensor(weight) for weight in weights]
     each = {2: 2, 3: 3, 4: 2, 6: 3}.get(len(tensors), 0)
     if not each:
+        shapes = [tuple(t.shape) for t in tensors]
         raise ValueError(
             "Expected weights of kernel, recurrent_kernel and perhaps bias, once or, of a "
-            f"Bidirectional layer, twice, got {len(tensors)} of shapes {[tuple(t.shape) for t in tensors]}"
+            f"Bidirectional layer, twice, got {len(tensors)} of shapes {shapes}"
         )
     state: dict[str, Tensor] = {}
     for suffix, first in zip(("_l0", "_l0_reverse"), range(0, len(tensors), each), strict=False):
