@@ -1,9 +1,10 @@
 // The parameters of the ops: plain old data, no torch.
 //
 // Letters: T timesteps, B batch rows, L lanes, I inputs, H hidden units, P width of h (the projection,
-// or H), G gates of the cell, S saved values of the cell, U weights of the cell's own per unit. Storage type s is that of the input; compute
-// type c is float for half types and s otherwise. Lanes are independent recurrences with weights of
-// their own; lane l runs backwards in time when directions == 2 and l is odd.
+// or H), G gates of the cell, S saved values of the cell, U weights of the cell's own per unit. Storage
+// type s is that of the input; compute type c is float for half types and s otherwise. Lanes are
+// independent recurrences with weights of their own; lane l runs backwards in time when directions == 2
+// and l is odd.
 //
 // No pointer aliases another. Optional pointers are null when absent. Where `lengths` are given, engines
 // write, and read, only steps that exist; the caller has zeroed what others will see.

@@ -17,16 +17,10 @@ class Arguments {
   Arguments(const RecurrenceForwardParams& p, int64_t gates, int64_t saved, int64_t unit_weights,
             const cuda::Host& host)
       : Arguments(p, host) {
-    forget();
     const int64_t storage = storage_bytes(), compute = compute_bytes();
-    shape();
-    given("hx", p.hx, p.L * p.B * p.P * storage);
-    given("cx", p.cx, p.L * p.B * p.H * storage);
+    inputs(p, gates, unit_weights);
     sequence("input_gates", p.input_gates, gates * p.H * storage, storage, true);
-    given("weight_hh", p.weight_hh, p.L * gates * p.H * p.P * storage);
     given("bias_hh", p.bias_hh, p.L * gates * p.H * storage);
-    given("weight_hr", p.weight_hr, p.L * p.P * p.H * storage);
-    given("weight_ch", p.weight_ch, p.L * unit_weights * p.H * storage);
     sequence("output", p.output, p.P * storage, storage, false);
     wanted("h_n", p.h_n, p.L * p.B * p.P * storage);
     wanted("c_n", p.c_n, p.L * p.B * p.H * storage);
@@ -39,9 +33,8 @@ class Arguments {
   Arguments(const RecurrenceBackwardParams& p, int64_t gates, int64_t saved, int64_t unit_weights,
             const cuda::Host& host)
       : Arguments(p, host) {
-    forget();
     const int64_t storage = storage_bytes(), compute = compute_bytes();
-    shape();
+    inputs(p, gates, unit_weights);
     sequence("grad_output", p.grad_output, p.P * storage, storage, true);
     given("grad_h_n", p.grad_h_n, p.L * p.B * p.P * storage);
     given("grad_c_n", p.grad_c_n, p.L * p.B * p.H * storage);
@@ -49,11 +42,6 @@ class Arguments {
     sequence("output", p.output, p.P * storage, storage, true);
     reserve("reserve", p.reserve, saved, storage, true);
     reserve("saved_cells", p.saved_cells, 1, compute, true);
-    given("hx", p.hx, p.L * p.B * p.P * storage);
-    given("cx", p.cx, p.L * p.B * p.H * storage);
-    given("weight_hh", p.weight_hh, p.L * gates * p.H * p.P * storage);
-    given("weight_hr", p.weight_hr, p.L * p.P * p.H * storage);
-    given("weight_ch", p.weight_ch, p.L * unit_weights * p.H * storage);
     sequence("d_weight_ch", p.d_weight_ch, unit_weights * p.H * compute, compute, false);
     wanted("d_hx", p.d_hx, p.L * p.B * p.P * storage);
     wanted("d_cx", p.d_cx, p.L * p.B * p.H * storage);
@@ -106,9 +94,18 @@ class Arguments {
   }
   int64_t compute_bytes() const { return p_.dtype == DType::float64 ? 8 : 4; }
 
-  void shape() {
-    given("lengths", p_.lengths, p_.B * 8);
-    given("resets", p_.resets, p_.T * p_.B);
+  // What both directions are given.
+  template <class Params>
+  void inputs(const Params& p, int64_t gates, int64_t unit_weights) {
+    const int64_t storage = storage_bytes();
+    forget();
+    given("lengths", p.lengths, p.B * 8);
+    given("resets", p.resets, p.T * p.B);
+    given("hx", p.hx, p.L * p.B * p.P * storage);
+    given("cx", p.cx, p.L * p.B * p.H * storage);
+    given("weight_hh", p.weight_hh, p.L * gates * p.H * p.P * storage);
+    given("weight_hr", p.weight_hr, p.L * p.P * p.H * storage);
+    given("weight_ch", p.weight_ch, p.L * unit_weights * p.H * storage);
   }
 
   void given(const char* name, const void* data, int64_t bytes) {

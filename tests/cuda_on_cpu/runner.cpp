@@ -293,7 +293,7 @@ class Launch final : public Surroundings {
       cluster.waiting.push_back(current);
       wait("cluster_wait", site);
     }
-    // Nobody can have arrived for the phase after this one's successor.
+    // Still this phase's: the next one cannot end before this thread arrives again.
     current->knows.add(cluster.passed_on);
     current->arrived_at_cluster = false;
   }
