@@ -24,6 +24,7 @@
 #include "cells/cells.h"
 #include "cpu/engine.h"
 #include "params.h"
+#include "step.h"
 #if defined(FUSED_RNN_CUDA) || defined(FUSED_RNN_CUDA_ON_CPU)
 #define FUSED_RNN_PER_STEP
 #include "cuda/per_step.h"
@@ -56,13 +57,13 @@ struct CellTraits {
   CellIndex index;
   const char* name;
   int64_t gates, saved, unit_weights;
-  bool has_c, split_gates;
+  bool has_c, split_gates, reads_h;
 };
 
 constexpr CellTraits cell_traits[] = {
-#define FUSED_RNN_TRAITS(name, cell)                               \
-  {CellIndex::name,    #name,       cell::gates,      cell::saved, \
-   cell::unit_weights, cell::has_c, cell::split_gates},
+#define FUSED_RNN_TRAITS(name, cell)                                \
+  {CellIndex::name,    #name,       cell::gates,       cell::saved, \
+   cell::unit_weights, cell::has_c, cell::split_gates, cell::reads_h},
     FUSED_RNN_FOR_EACH_CELL(FUSED_RNN_TRAITS)};
 
 const CellTraits& traits(CellIndex index) { return cell_traits[static_cast<int>(index)]; }
@@ -349,13 +350,17 @@ void run_per_step(const CellTraits& cell, const Params& p, const Tensor& like) {
 }
 #endif
 
-void run(const CellTraits& cell, const LayerForwardParams& p, const Tensor& like) {
-  const auto engine = cpu::active_instruction_set().forward(cpu::CellId(cell.index), p.dtype);
+cpu::CellId cpu_cell(const CellTraits& cell, bool varied) {
+  return {static_cast<int>(cell.index), varied};
+}
+
+void run(cpu::CellId cell, const LayerForwardParams& p, const Tensor& like) {
+  const auto engine = cpu::active_instruction_set().forward(cell, p.dtype);
   on_cpu(like, [&](const cpu::Host& host) { engine(p, host); });
 }
 
-void run(const CellTraits& cell, const LayerBackwardParams& p, const Tensor& like) {
-  const auto engine = cpu::active_instruction_set().backward(cpu::CellId(cell.index), p.dtype);
+void run(cpu::CellId cell, const LayerBackwardParams& p, const Tensor& like) {
+  const auto engine = cpu::active_instruction_set().backward(cell, p.dtype);
   on_cpu(like, [&](const cpu::Host& host) { engine(p, host); });
 }
 
@@ -373,6 +378,39 @@ void check_lengths(const Tensor& lengths, const Tensor& like, int64_t limit, int
                     what, "), got lengths[", b, "] = ", length);
   }
 }
+
+// The last arguments of the varied ops.
+struct VariedArguments {
+  int64_t layer_norm;
+  double zoneout_h, zoneout_c, recurrent_dropout;
+  OptionalTensor seed;
+
+  void fill(const CellTraits& cell, const Tensor& like, Shape& p) const {
+    STD_TORCH_CHECK(layer_norm >= 0 && layer_norm <= 2, "Expected layer_norm of 0, 1 or 2, got ",
+                    layer_norm);
+    check_probability("zoneout_h", zoneout_h);
+    check_probability("zoneout_c", zoneout_c);
+    check_probability("recurrent_dropout", recurrent_dropout);
+    STD_TORCH_CHECK(cell.has_c || zoneout_c == 0, "Expected zoneout_c of 0, since ", cell.name,
+                    " has no cell state, got ", zoneout_c);
+    STD_TORCH_CHECK(seed || recurrent_dropout == 0,
+                    "Expected recurrent_dropout of 0, since there is no seed, got ",
+                    recurrent_dropout);
+    p.variation = {static_cast<LayerNorm>(layer_norm), zoneout_h, zoneout_c, recurrent_dropout,
+                   seed ? seed_pointer(*seed, like) : nullptr};
+  }
+
+  static const int64_t* seed_pointer(const Tensor& seed, const Tensor& like) {
+    check_like("seed", seed, like, ScalarType::Long);
+    check_shape("seed", seed, {}, "()");
+    return static_cast<const int64_t*>(seed.const_data_ptr());
+  }
+
+ private:
+  static void check_probability(const char* name, double p) {
+    STD_TORCH_CHECK(p >= 0 && p < 1, "Expected ", name, " in [0, 1), got ", p);
+  }
+};
 
 // Ragged time, as both ops take it. Lengths must lie within 0..T; on the CPU that is checked.
 struct Ragged {
@@ -525,7 +563,7 @@ struct LayerArguments {
   LayerArguments(const CellTraits& cell, const Tensor& input_in, TensorList states_in,
                  TensorList weights_in, bool has_biases, const OptionalTensor& lengths,
                  const OptionalTensor& batch_sizes, const OptionalTensor& resets,
-                 int64_t lane_count, int64_t directions, Params& p)
+                 int64_t lane_count, int64_t directions, const VariedArguments* varied, Params& p)
       : input(input_in),
         kind(input),
         states(std::move(states_in)),
@@ -542,6 +580,7 @@ struct LayerArguments {
     p.I = input.size(input.dim() - 1);
     p.L = lane_count;
     p.directions = static_cast<int>(directions);
+    if (varied) varied->fill(cell, input, p);
     take_weights(cell, has_biases, p);
     take_states(cell, p);
     input = with_contiguous_units(input);
@@ -558,8 +597,11 @@ struct LayerArguments {
   template <class Params>
   void take_weights(const CellTraits& cell, bool has_biases, Params& p) {
     const int64_t count = static_cast<int64_t>(weights.size()), each = count / p.L;
-    const bool has_unit_weights = cell.unit_weights > 0;
-    const int64_t unprojected = (has_biases ? 4 : 2) + has_unit_weights;
+    const LayerNorm norm = p.variation.layer_norm;
+    const bool has_unit_weights = cell.unit_weights > 0, has_ln = norm != LayerNorm::none;
+    const int64_t norms = has_ln ? 1 + (norm == LayerNorm::separate) + cell.has_c : 0;
+    const int64_t own = has_unit_weights + 2 * norms;
+    const int64_t unprojected = (has_biases ? 4 : 2) + own;
     p.projected = each == unprojected + 1;
     STD_TORCH_CHECK(count == each * p.L && (each == unprojected || p.projected),
                     "Expected weights of ", unprojected, " tensors (or ", unprojected + 1,
@@ -575,7 +617,7 @@ struct LayerArguments {
     p.H = weight_hh.size(0) / cell.gates;
     p.P = p.H;
     if (p.projected) {
-      const Tensor& weight_hr = weights[each - 1 - has_unit_weights];
+      const Tensor& weight_hr = weights[each - 1 - own];
       STD_TORCH_CHECK(weight_hr.dim() == 2, "Expected weight_hr of shape (P, H), got ",
                       shape_string(weight_hr));
       p.P = weight_hr.size(0);
@@ -592,7 +634,19 @@ struct LayerArguments {
       }
       if (p.projected) to.weight_hr = take("weight_hr", *given++, {p.P, p.H}, "(P, H)");
       if (has_unit_weights)
-        to.weight_ch = take("weight_ch", *given, {cell.unit_weights * p.H}, "(U*H)");
+        to.weight_ch = take("weight_ch", *given++, {cell.unit_weights * p.H}, "(U*H)");
+      const auto take_norm = [&](const char* weight, const char* bias, int64_t gates,
+                                 const char* letters) -> NormWeights<const void*> {
+        const void* taken = take(weight, *given++, {gates * p.H}, letters);
+        return {taken, take(bias, *given++, {gates * p.H}, letters)};
+      };
+      if (norm == LayerNorm::separate) {
+        to.ln_input = take_norm("ln_ih_weight", "ln_ih_bias", cell.gates, "(G*H)");
+        to.ln_hidden = take_norm("ln_hh_weight", "ln_hh_bias", cell.gates, "(G*H)");
+      } else if (has_ln) {
+        to.ln_input = take_norm("ln_g_weight", "ln_g_bias", cell.gates, "(G*H)");
+      }
+      if (has_ln && cell.has_c) to.ln_c = take_norm("ln_c_weight", "ln_c_bias", 1, "(H)");
     }
   }
 
@@ -614,21 +668,36 @@ struct LayerArguments {
   }
 };
 
+// How much forward saves for backward: values per unit and step, and whether there are statistics.
+struct SavedCounts {
+  int64_t reserve, cells;
+  bool statistics;
+
+  SavedCounts(const CellTraits& cell, bool varied, const Shape& p)
+      : reserve(cell.saved), cells(1), statistics(p.variation.layer_norm != LayerNorm::none) {
+    if (!varied) return;
+    reserve =
+        SavedValues(p.variation.layer_norm, cell.gates, cell.saved, cell.reads_h, cell.has_c).count;
+    cells = 1 + (p.variation.zoneout_c > 0);
+  }
+};
+
 TensorList forward(const CellTraits& cell, const Tensor& input, const TensorList& states,
                    const TensorList& weights, bool has_biases, const OptionalTensor& lengths,
                    const OptionalTensor& batch_sizes, const OptionalTensor& resets, int64_t lanes,
-                   int64_t directions, bool save, bool want_cells) {
+                   int64_t directions, bool save, bool want_cells,
+                   const VariedArguments* varied = nullptr) {
   STD_TORCH_CHECK(cell.has_c || !want_cells, "Expected want_cells to be false, since ", cell.name,
                   " has no cell state");
   LayerForwardParams p{};
   const LayerArguments arguments(cell, input, states, weights, has_biases, lengths, batch_sizes,
-                                 resets, lanes, directions, p);
+                                 resets, lanes, directions, varied, p);
   const Time& time = arguments.time;
   const ScalarType dtype = input.scalar_type(), c_type = compute_type(dtype);
   const Results make{arguments.input, false};
   const Results make_sequence{arguments.input, arguments.has_padding()};
   TensorList results;
-  results.reserve(7);
+  results.reserve(8);
   const auto add = [&](Tensor tensor) -> const Tensor& {
     return results.emplace_back(std::move(tensor));
   };
@@ -641,11 +710,13 @@ TensorList forward(const CellTraits& cell, const Tensor& input, const TensorList
       return blocked_reserve(
           add(make({p.T, p.L, reserve_blocks(p.H), p.B, values, Reserve::block}, type)));
     };
-    if (cell.saved > 0) p.reserve = reserve(cell.saved, dtype);
-    if (cell.has_c) p.saved_cells = reserve(1, c_type);
+    const SavedCounts counts(cell, varied, p);
+    if (counts.reserve > 0) p.reserve = reserve(counts.reserve, dtype);
+    if (cell.has_c) p.saved_cells = reserve(counts.cells, c_type);
     if (p.projected) p.unprojected = time.sequence(add(make(time.shape({p.L, p.H}))));
+    if (counts.statistics) p.statistics = add(make({p.T, p.L, p.B, 3}, c_type)).data_ptr();
   }
-  if (p.B > 0) run(cell, p, arguments.input);
+  if (p.B > 0) run(cpu_cell(cell, varied), p, arguments.input);
   return results;
 }
 
@@ -654,10 +725,11 @@ TensorList backward(const CellTraits& cell, OptionalTensor grad_output, Optional
                     const TensorList& states, const TensorList& weights, bool has_biases,
                     const OptionalTensor& lengths, const OptionalTensor& batch_sizes,
                     const OptionalTensor& resets, int64_t lanes, int64_t directions, Tensor output,
-                    TensorList saved, bool need_input, bool need_states, bool need_weights) {
+                    TensorList saved, bool need_input, bool need_states, bool need_weights,
+                    const VariedArguments* varied = nullptr) {
   LayerBackwardParams p{};
   const LayerArguments arguments(cell, input, states, weights, has_biases, lengths, batch_sizes,
-                                 resets, lanes, directions, p);
+                                 resets, lanes, directions, varied, p);
   const Time& time = arguments.time;
   const Tensor& like = arguments.input;
   const ScalarType dtype = like.scalar_type(), c_type = compute_type(dtype);
@@ -674,7 +746,8 @@ TensorList backward(const CellTraits& cell, OptionalTensor grad_output, Optional
   if (grad_cells) check_sequence("grad_cells", *grad_cells, c_type, {p.L, p.H}, "L, H");
   check_sequence("output", output, dtype, {p.L * p.P}, "L*P");
 
-  const size_t saved_count = (cell.saved > 0) + cell.has_c + p.projected;
+  const SavedCounts counts(cell, varied, p);
+  const size_t saved_count = (counts.reserve > 0) + cell.has_c + p.projected + counts.statistics;
   STD_TORCH_CHECK(saved.size() == saved_count, "Expected saved of ", saved_count, " tensors, got ",
                   saved.size());
   for (Tensor& tensor : saved) tensor = with_contiguous_units(tensor);
@@ -685,11 +758,17 @@ TensorList backward(const CellTraits& cell, OptionalTensor grad_output, Optional
                 "(T, L, H/16, B, S, 16)");
     return blocked_reserve(*next_saved++);
   };
-  if (cell.saved > 0) p.reserve = take_reserve("reserve", cell.saved, dtype);
-  if (cell.has_c) p.saved_cells = take_reserve("saved_cells", 1, c_type);
+  if (counts.reserve > 0) p.reserve = take_reserve("reserve", counts.reserve, dtype);
+  if (cell.has_c) p.saved_cells = take_reserve("saved_cells", counts.cells, c_type);
   if (p.projected) {
     check_sequence("unprojected", *next_saved, dtype, {p.L, p.H}, "L, H");
-    p.unprojected = time.sequence(*next_saved);
+    p.unprojected = time.sequence(*next_saved++);
+  }
+  if (counts.statistics) {
+    check_like("statistics", *next_saved, like, c_type);
+    check_shape("statistics", *next_saved, {p.T, p.L, p.B, 3}, "(T, L, B, 3)");
+    *next_saved = as_contiguous(*next_saved);
+    p.statistics = next_saved->const_data_ptr();
   }
 
   grad_output = with_contiguous_units(grad_output);
@@ -732,10 +811,18 @@ TensorList backward(const CellTraits& cell, OptionalTensor grad_output, Optional
       }
       if (p.projected) lane.weight_hr = add(make_weight({p.P, p.H}));
       if (cell.unit_weights > 0) lane.weight_ch = add(make_weight({cell.unit_weights * p.H}));
+      const auto add_norm = [&](int64_t n) -> NormWeights<void*> {
+        void* weight = add(make_weight({n}));
+        return {weight, add(make_weight({n}))};
+      };
+      const LayerNorm norm = p.variation.layer_norm;
+      if (norm != LayerNorm::none) lane.ln_input = add_norm(rows);
+      if (norm == LayerNorm::separate) lane.ln_hidden = add_norm(rows);
+      if (norm != LayerNorm::none && cell.has_c) lane.ln_c = add_norm(p.H);
     }
     p.d_weights = d_weights.data();
   }
-  if (p.B > 0) run(cell, p, like);
+  if (p.B > 0) run(cpu_cell(cell, varied), p, like);
   return results;
 }
 
@@ -931,6 +1018,27 @@ RecurrenceBackward recurrence_backward(const CellTraits& cell, OptionalTensor gr
 
 #endif
 
+// ---- dropout of weights
+
+Tensor dropout(const Tensor& input_in, double probability, const Tensor& seed) {
+  DropoutParams p{};
+  const Tensor input = as_contiguous(input_in);
+  p.dtype = storage_type("input", input);
+  STD_TORCH_CHECK(input.dim() >= 1, "Expected input of at least one dimension, got ",
+                  shape_string(input));
+  STD_TORCH_CHECK(probability >= 0 && probability < 1, "Expected p in [0, 1), got ", probability);
+  Tensor output = torch::stable::empty_like(input);
+  p.n = input.size(input.dim() - 1);
+  p.rows = p.n > 0 ? input.numel() / p.n : 0;
+  p.p = probability;
+  p.seed = static_cast<uint64_t>(*VariedArguments::seed_pointer(seed, input));
+  p.input = input.const_data_ptr();
+  p.output = output.data_ptr();
+  on_cpu(input,
+         [&](const cpu::Host& host) { cpu::active_instruction_set().dropout(p.dtype)(p, host); });
+  return output;
+}
+
 // ---- additive attention --------------------------------------------------------------------------
 
 // The arguments that forward and backward share, checked and made contiguous; keeps them alive.
@@ -1067,25 +1175,49 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> additive_attention_backward(
 }
 
 // Plain functions for each cell: TORCH_BOX does not instantiate templates.
-#define FUSED_RNN_LAYER(name, cell)                                                               \
-  TensorList name##_forward(const Tensor& input, const TensorList& states,                        \
-                            const TensorList& weights, bool has_biases,                           \
-                            const OptionalTensor& lengths, const OptionalTensor& batch_sizes,     \
-                            const OptionalTensor& resets, int64_t lanes, int64_t directions,      \
-                            bool save, bool want_cells) {                                         \
-    return forward(traits(CellIndex::name), input, states, weights, has_biases, lengths,          \
-                   batch_sizes, resets, lanes, directions, save, want_cells);                     \
-  }                                                                                               \
-  TensorList name##_backward(                                                                     \
-      const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,                          \
-      const OptionalTensor& grad_c_n, const OptionalTensor& grad_cells, const Tensor& input,      \
-      const TensorList& states, const TensorList& weights, bool has_biases,                       \
-      const OptionalTensor& lengths, const OptionalTensor& batch_sizes,                           \
-      const OptionalTensor& resets, int64_t lanes, int64_t directions, const Tensor& output,      \
-      const TensorList& saved, bool need_input, bool need_states, bool need_weights) {            \
-    return backward(traits(CellIndex::name), grad_output, grad_h_n, grad_c_n, grad_cells, input,  \
-                    states, weights, has_biases, lengths, batch_sizes, resets, lanes, directions, \
-                    output, saved, need_input, need_states, need_weights);                        \
+#define FUSED_RNN_LAYER(name, cell)                                                                \
+  TensorList name##_forward(const Tensor& input, const TensorList& states,                         \
+                            const TensorList& weights, bool has_biases,                            \
+                            const OptionalTensor& lengths, const OptionalTensor& batch_sizes,      \
+                            const OptionalTensor& resets, int64_t lanes, int64_t directions,       \
+                            bool save, bool want_cells) {                                          \
+    return forward(traits(CellIndex::name), input, states, weights, has_biases, lengths,           \
+                   batch_sizes, resets, lanes, directions, save, want_cells);                      \
+  }                                                                                                \
+  TensorList name##_backward(                                                                      \
+      const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,                           \
+      const OptionalTensor& grad_c_n, const OptionalTensor& grad_cells, const Tensor& input,       \
+      const TensorList& states, const TensorList& weights, bool has_biases,                        \
+      const OptionalTensor& lengths, const OptionalTensor& batch_sizes,                            \
+      const OptionalTensor& resets, int64_t lanes, int64_t directions, const Tensor& output,       \
+      const TensorList& saved, bool need_input, bool need_states, bool need_weights) {             \
+    return backward(traits(CellIndex::name), grad_output, grad_h_n, grad_c_n, grad_cells, input,   \
+                    states, weights, has_biases, lengths, batch_sizes, resets, lanes, directions,  \
+                    output, saved, need_input, need_states, need_weights);                         \
+  }                                                                                                \
+  TensorList name##_varied_forward(                                                                \
+      const Tensor& input, const TensorList& states, const TensorList& weights, bool has_biases,   \
+      const OptionalTensor& lengths, const OptionalTensor& batch_sizes,                            \
+      const OptionalTensor& resets, int64_t lanes, int64_t directions, bool save, bool want_cells, \
+      int64_t layer_norm, double zoneout_h, double zoneout_c, double recurrent_dropout,            \
+      const OptionalTensor& seed) {                                                                \
+    const VariedArguments varied{layer_norm, zoneout_h, zoneout_c, recurrent_dropout, seed};       \
+    return forward(traits(CellIndex::name), input, states, weights, has_biases, lengths,           \
+                   batch_sizes, resets, lanes, directions, save, want_cells, &varied);             \
+  }                                                                                                \
+  TensorList name##_varied_backward(                                                               \
+      const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,                           \
+      const OptionalTensor& grad_c_n, const OptionalTensor& grad_cells, const Tensor& input,       \
+      const TensorList& states, const TensorList& weights, bool has_biases,                        \
+      const OptionalTensor& lengths, const OptionalTensor& batch_sizes,                            \
+      const OptionalTensor& resets, int64_t lanes, int64_t directions, const Tensor& output,       \
+      const TensorList& saved, bool need_input, bool need_states, bool need_weights,               \
+      int64_t layer_norm, double zoneout_h, double zoneout_c, double recurrent_dropout,            \
+      const OptionalTensor& seed) {                                                                \
+    const VariedArguments varied{layer_norm, zoneout_h, zoneout_c, recurrent_dropout, seed};       \
+    return backward(traits(CellIndex::name), grad_output, grad_h_n, grad_c_n, grad_cells, input,   \
+                    states, weights, has_biases, lengths, batch_sizes, resets, lanes, directions,  \
+                    output, saved, need_input, need_states, need_weights, &varied);                \
   }
 FUSED_RNN_FOR_EACH_CELL(FUSED_RNN_LAYER)
 
@@ -1124,17 +1256,27 @@ FUSED_RNN_FOR_EACH_CELL(FUSED_RNN_RECURRENCE)
 // With batch_sizes (T), on the CPU, sequences are those of torch's PackedSequence: of every (T, B, ...)
 // above only the rows that exist, (N, ...). B is the first of batch_sizes. Steps that do not exist are
 // zero in output, cells and d_input, and anything in what is saved.
-constexpr const char* forward_schema =
-    "_forward(Tensor input, Tensor[] states, Tensor[] weights, bool has_biases, Tensor? lengths, "
-    "Tensor? batch_sizes, Tensor? resets, int lanes, int directions, bool save, bool want_cells) "
-    "-> "
-    "Tensor[]";
-constexpr const char* backward_schema =
-    "_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor? grad_cells, "
-    "Tensor input, Tensor[] states, Tensor[] weights, bool has_biases, Tensor? lengths, "
-    "Tensor? batch_sizes, Tensor? resets, int lanes, int directions, Tensor output, Tensor[] "
-    "saved, "
-    "bool need_input, bool need_states, bool need_weights) -> Tensor[]";
+//
+// The varied ops, {cell}_varied_forward and _backward, are layers with options that change the step
+// around the cell. After the weights above they take weight and bias of each normalisation, ih, hh and c
+// or g and c, and save statistics (T, L, B, 3) for backward; layer_norm is of LayerNorm. Without a seed ()
+// nothing is drawn, and zoneout is its expectation.
+#define FUSED_RNN_VARIED_SCHEMA \
+  ", int layer_norm, float zoneout_h, float zoneout_c, float recurrent_dropout, Tensor? seed)"
+#define FUSED_RNN_FORWARD_SCHEMA                                                                \
+  "forward(Tensor input, Tensor[] states, Tensor[] weights, bool has_biases, Tensor? lengths, " \
+  "Tensor? batch_sizes, Tensor? resets, int lanes, int directions, bool save, bool want_cells"
+#define FUSED_RNN_BACKWARD_SCHEMA                                                          \
+  "backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor? grad_cells, " \
+  "Tensor input, Tensor[] states, Tensor[] weights, bool has_biases, Tensor? lengths, "    \
+  "Tensor? batch_sizes, Tensor? resets, int lanes, int directions, Tensor output, "        \
+  "Tensor[] saved, bool need_input, bool need_states, bool need_weights"
+constexpr const char* layer_schemas[] = {
+    "_" FUSED_RNN_FORWARD_SCHEMA ") -> Tensor[]",
+    "_" FUSED_RNN_BACKWARD_SCHEMA ") -> Tensor[]",
+    "_varied_" FUSED_RNN_FORWARD_SCHEMA FUSED_RNN_VARIED_SCHEMA " -> Tensor[]",
+    "_varied_" FUSED_RNN_BACKWARD_SCHEMA FUSED_RNN_VARIED_SCHEMA " -> Tensor[]",
+};
 
 // What CUDA has in C++: fused_rnn/composed.py makes a layer of it. Absent results have shape (0,).
 constexpr const char* recurrence_forward_schema =
@@ -1150,6 +1292,10 @@ constexpr const char* recurrence_backward_schema =
     "int directions) -> (Tensor d_input_gates, Tensor d_hidden_gates, Tensor d_hx, Tensor d_cx, "
     "Tensor d_output, Tensor d_weight_ch)";
 
+// input * 0 with probability p, else / (1 - p): of rows (the last dimension) as philox.h draws them, in
+// the stream of weight dropout.
+constexpr const char* dropout_schema = "dropout(Tensor input, float p, Tensor seed) -> Tensor";
+
 // Absent results have shape (0,). On CUDA the two are Triton kernels (kernels/attention_scores.py).
 constexpr const char* attention_forward_schema =
     "additive_attention_forward(Tensor query, Tensor key, Tensor value, Tensor weight, "
@@ -1164,9 +1310,11 @@ constexpr const char* attention_backward_schema =
 
 template <class Library>
 void implement_layers(Library& library) {
-#define FUSED_RNN_IMPLEMENT_LAYER(name, cell)                 \
-  library.impl(#name "_forward", TORCH_BOX(&name##_forward)); \
-  library.impl(#name "_backward", TORCH_BOX(&name##_backward));
+#define FUSED_RNN_IMPLEMENT_LAYER(name, cell)                               \
+  library.impl(#name "_forward", TORCH_BOX(&name##_forward));               \
+  library.impl(#name "_backward", TORCH_BOX(&name##_backward));             \
+  library.impl(#name "_varied_forward", TORCH_BOX(&name##_varied_forward)); \
+  library.impl(#name "_varied_backward", TORCH_BOX(&name##_varied_backward));
   FUSED_RNN_FOR_EACH_CELL(FUSED_RNN_IMPLEMENT_LAYER)
 }
 
@@ -1188,11 +1336,14 @@ void implement_recurrences(Library& library) {
 
 FUSED_RNN_LIBRARY(FUSED_RNN_NAMESPACE, library) {
   namespace binding = fused_rnn::binding;
-  for (const auto& cell : binding::cell_traits)
-    for (const char* schema :
-         {binding::forward_schema, binding::backward_schema, binding::recurrence_forward_schema,
-          binding::recurrence_backward_schema})
+  for (const auto& cell : binding::cell_traits) {
+    for (const char* schema : binding::layer_schemas)
       library.def((std::string(cell.name) + schema).c_str());
+    for (const char* schema :
+         {binding::recurrence_forward_schema, binding::recurrence_backward_schema})
+      library.def((std::string(cell.name) + schema).c_str());
+  }
+  library.def(binding::dropout_schema);
   library.def(binding::attention_forward_schema);
   library.def(binding::attention_backward_schema);
 }
@@ -1203,6 +1354,7 @@ FUSED_RNN_LIBRARY_IMPL(FUSED_RNN_NAMESPACE, CPU, library) {
 #else
   fused_rnn::binding::implement_layers(library);
 #endif
+  library.impl("dropout", TORCH_BOX(&fused_rnn::binding::dropout));
   library.impl("additive_attention_forward",
                TORCH_BOX(&fused_rnn::binding::additive_attention_forward));
   library.impl("additive_attention_backward",
@@ -1227,6 +1379,7 @@ PYBIND11_MODULE(_C, module) {
           traits["unit_weights"] = cell.unit_weights;
           traits["has_c"] = cell.has_c;
           traits["split_gates"] = cell.split_gates;
+          traits["reads_h"] = cell.reads_h;
           cells[cell.name] = traits;
         }
         return cells;
@@ -1256,6 +1409,17 @@ PYBIND11_MODULE(_C, module) {
         return supported;
       },
       "The CPU engine's compiled instruction sets, best first, and which this machine supports.");
+  module.def(
+      "saved_values",
+      [](const std::string& name, int layer_norm) {
+        for (const auto& cell : fused_rnn::binding::cell_traits)
+          if (name == cell.name)
+            return fused_rnn::SavedValues(static_cast<fused_rnn::LayerNorm>(layer_norm), cell.gates,
+                                          cell.saved, cell.reads_h, cell.has_c)
+                .count;
+        throw py::value_error("no cell of that name: " + name);
+      },
+      "Values per unit and step in the reserve of a cell's varied op.");
   module.attr("reserve_block") = fused_rnn::Reserve::block;
   module.def("keep_scratch", fused_rnn::binding::Scratch::keep,
              "Sets how many bytes of scratch memory the CPU engine may keep between calls (64 MiB "

@@ -50,6 +50,16 @@ struct Reserve {
   explicit operator bool() const { return data != nullptr; }
 };
 
+enum class LayerNorm : int { none, separate, joint };
+
+// What options of a layer change in the step around the cell (step.h). Only varied ops read it.
+struct Variation {
+  LayerNorm layer_norm;
+  double zoneout_h, zoneout_c;  // probability that a unit's h, c stays as it was
+  double recurrent_dropout;     // probability that a unit's h is not seen by the next product
+  const int64_t* seed;          // (1), or null: nothing is drawn, and zoneout is its expectation
+};
+
 // What all of the ops share.
 struct Shape {
   DType dtype;
@@ -58,6 +68,7 @@ struct Shape {
   bool projected;
   const int64_t* lengths;  // (B), each within 0..T; null: every row has T steps
   const bool* resets;      // (T, B) contiguous; true: state is zeroed before that step
+  Variation variation;
 };
 
 struct ForwardParams : Shape {
@@ -68,21 +79,26 @@ struct ForwardParams : Shape {
   void* h_n;             // (L, B, P) s
   void* c_n;             // (L, B, H) s, null for cells without c
   Sequence cells;        // (T, B, L, H) c: the states c, null unless the caller wants them
-  Reserve reserve;       // S values s, null when backward will not follow
-  Reserve saved_cells;   // 1 value c: the states c again, null when backward will not follow
+  Reserve reserve;       // S values s (varied: SavedValues), null when backward will not follow
+  Reserve saved_cells;   // 1 value c: the states c again, null when backward will not follow;
+                         //   2 under zoneout of c: before it, too
   Sequence unprojected;  // (T, B, L, H) s: o tanh(c) before the projection; null unless wanted
+  void* statistics;      // (T, L, B, 3) c: 1 / standard deviation of input (or joint) gates, of
+                         //   hidden gates, of c; null without layer_norm or when backward will not
+                         //   follow
 };
 
 struct BackwardParams : Shape {
-  Sequence grad_output;  // (T, B, L, P) s, or null for zeros
-  const void* grad_h_n;  // (L, B, P) s, or null for zeros
-  const void* grad_c_n;  // (L, B, H) s, or null for zeros
-  Sequence grad_cells;   // (T, B, L, H) c, or null for zeros
-  Sequence output;       // (T, B, L, P) s, from forward
-  Reserve reserve;       // from forward
-  Reserve saved_cells;   // from forward; null for cells without c
-  const void* hx;        // (L, B, P) s, or null for zeros
-  const void* cx;        // (L, B, H) s, or null for zeros
+  Sequence grad_output;    // (T, B, L, P) s, or null for zeros
+  const void* grad_h_n;    // (L, B, P) s, or null for zeros
+  const void* grad_c_n;    // (L, B, H) s, or null for zeros
+  Sequence grad_cells;     // (T, B, L, H) c, or null for zeros
+  Sequence output;         // (T, B, L, P) s, from forward
+  Reserve reserve;         // from forward
+  Reserve saved_cells;     // from forward; null for cells without c
+  const void* statistics;  // from forward; null without layer_norm
+  const void* hx;          // (L, B, P) s, or null for zeros
+  const void* cx;          // (L, B, H) s, or null for zeros
 
   void* d_hx;  // (L, B, P) s, or null if nobody wants it, and then d_cx is null too
   void* d_cx;  // (L, B, H) s, null for cells without c
@@ -110,6 +126,12 @@ struct RecurrenceBackwardParams : BackwardParams {
 
 // ---- the whole layer, products included: what the CPU engine does
 
+// Weight and bias of a normalisation, or their gradients.
+template <class Pointer>
+struct NormWeights {
+  Pointer weight, bias;
+};
+
 // One lane's weights as they lie in memory, contiguous; or their gradients.
 template <class Pointer>
 struct LaneWeights {
@@ -119,6 +141,10 @@ struct LaneWeights {
   Pointer bias_hh;    // (G*H) s, or null, with bias_ih
   Pointer weight_hr;  // (P, H) s, null unless projected
   Pointer weight_ch;  // (U, H) s, null unless the cell has weights of its own
+  NormWeights<Pointer>
+      ln_input;  // (G*H) s, of input gates or of joint ones; null without layer_norm
+  NormWeights<Pointer> ln_hidden;  // (G*H) s, null unless layer_norm is separate
+  NormWeights<Pointer> ln_c;       // (H) s, null without layer_norm and for cells without c
 };
 
 struct LayerForwardParams : ForwardParams {
@@ -146,6 +172,17 @@ template <class S>
 HOST_DEVICE const S* state_at(const void* data, int64_t B, int64_t n, int64_t lane, int64_t b) {
   return static_cast<const S*>(data) + (lane * B + b) * n;
 }
+
+// ---- dropout of weights: output = input times 0 with probability p, else times 1 / (1 - p)
+
+struct DropoutParams {
+  DType dtype;
+  int64_t rows, n;
+  double p;
+  uint64_t seed;
+  const void* input;  // (rows, n) s
+  void* output;       // (rows, n) s
+};
 
 // ---- additive attention
 //

@@ -7,6 +7,16 @@
 //   c (H)        likewise, compute type
 //   d_gates (G*H), d_h (P), d_c (H) on the way back: gradients that reach the step before; zero where
 //                a reset cut the row.
+//
+// Around a Varied cell (Variation in params.h) there is more to a step:
+//
+//   h the next product reads = h_t, where recurrent dropout keeps a unit, over the share that is kept
+//   input and hidden gates   = the products normalised over all gates of all units, or their sum
+//   c~, h~                   = the cell's; c normalised before or inside the output's tanh
+//   c_t, h_t                 = c~, h~, or where zoneout says so, the state as it was
+//
+// The functions below then take Factors, which the engine works out; normalisations are the engine's,
+// for they need all units of a row, and it calls a cell with c in halves.
 #pragma once
 
 #include "cells/cell.h"
@@ -60,6 +70,42 @@ HOST_DEVICE bool first_step_resets(const Shape& p, int64_t lane, int64_t b) {
   return p.resets && length > 0 && p.resets[(is_reverse(p, lane) ? length - 1 : 0) * p.B + b];
 }
 
+// By what a Varied cell's step multiplies some units of a row.
+template <class V>
+struct Factors {
+  V zone_h, zone_c;  // how much stays of the state before
+  V keep;            // h, before the recurrent product
+  HOST_DEVICE Factors() {}
+  HOST_DEVICE Factors(V zone_h, V zone_c, V keep) : zone_h(zone_h), zone_c(zone_c), keep(keep) {}
+};
+
+// Where the values of a Varied cell lie in the reserve: those that the cell itself saves come first.
+struct SavedValues {
+  int64_t h;              // h~, for cells whose backward reads it
+  int64_t input, hidden;  // G each: gates (input or joint, and hidden) normalised, before
+                          //   weight and bias
+  int64_t c;              // likewise c
+  int64_t count;
+
+  HOST_DEVICE SavedValues(LayerNorm norm, int64_t gates, int64_t saved, bool reads_h, bool has_c)
+      : h(saved),
+        input(h + reads_h),
+        hidden(input + (norm == LayerNorm::none ? 0 : gates)),
+        c(hidden + (norm == LayerNorm::separate ? gates : 0)),
+        count(c + (norm != LayerNorm::none && has_c)) {}
+};
+
+template <class Cell>
+HOST_DEVICE SavedValues saved_values(const Shape& p) {
+  return {p.variation.layer_norm, Cell::gates, Cell::saved, Cell::reads_h, Cell::has_c};
+}
+
+// Rows of random numbers (philox.h): of zoneout at a step, and of recurrent dropout.
+HOST_DEVICE int64_t zone_row(const Shape& p, int64_t lane, int64_t b, int64_t t) {
+  return (t * p.B + b) * p.L + lane;
+}
+HOST_DEVICE int64_t dropout_row(const Shape& p, int64_t lane, int64_t b) { return lane * p.B + b; }
+
 template <class V, class S>
 HOST_DEVICE V load_or_zero(const S* from, int64_t n) {
   return from ? Memory<V>::load(from, n) : V(0);
@@ -88,40 +134,63 @@ struct UnitWeights {
   }
 };
 
+// A state before the step: zero after a reset, the initial one at the first step.
+template <class S, class V, class Earlier>
+HOST_DEVICE V previous_state(const Shape& p, const RowStep& row, const void* initial, int64_t width,
+                             int64_t unit, int64_t n, const Earlier& earlier) {
+  if (row.reset) return V(0);
+  if (!row.first) return Memory<V>::load(earlier(previous_time(p, row.lane, row.t)), n);
+  return load_or_zero<V>(
+      initial ? state_at<S>(initial, p.B, width, row.lane, row.b) + unit : nullptr, n);
+}
+
+template <class S, class V, class Params>
+HOST_DEVICE V previous_hidden(const Params& p, const RowStep& row, int64_t unit, int64_t n) {
+  return previous_state<S, V>(p, row, p.hx, p.P, unit, n, [&](int64_t t) {
+    return p.output.template at<S>(t, row.b, row.lane) + unit;
+  });
+}
+
+// What zoneout makes of a state.
+template <class V>
+HOST_DEVICE V zoned(V share, V before, V after) {
+  return share * before + (V(1) - share) * after;
+}
+
 // Stores a new h: to the output, to the engine's state and, on the row's last step, to h_n.
-template <class S, class V, class HiddenState>
+template <bool varied, class S, class V, class HiddenState>
 HOST_DEVICE void emit_hidden(const ForwardParams& p, const RowStep& row, int64_t unit, int64_t n,
-                             V h, HiddenState* h_state) {
+                             V h, HiddenState* h_state, const Factors<V>& factors = {}) {
+  if constexpr (varied)
+    if (p.variation.zoneout_h > 0)
+      h = zoned(factors.zone_h, previous_hidden<S, V>(p, row, unit, n), h);
   S* output = p.output.at<S>(row.t, row.b, row.lane) + unit;
   Memory<V>::store(h, output, n);
   // The recurrence continues from the h that the caller sees.
   V rounded = h;
   if constexpr (sizeof(S) < sizeof(Compute<S>)) rounded = Memory<V>::load(output, n);
+  if constexpr (varied) rounded = rounded * factors.keep;
   Memory<V>::store(row.next_resets ? V(0) : rounded, h_state, n);
   if (row.last) Memory<V>::store(h, state_at<S>(p.h_n, p.B, p.P, row.lane, row.b) + unit, n);
 }
 
-// The cell at `n` units from `unit`. prev_h, c_state and h_state point at those units of the engine's
-// state; with a projection h_state is the buffer of unprojected values that the second product reads.
-// weight_ch is the lane's.
+// What the cell gave at `n` units, next, on its way to where it is kept.
 template <class Cell, class S, class V, class HiddenState>
-HOST_DEVICE void forward_units(const ForwardParams& p, const RowStep& row, int64_t unit, int64_t n,
-                               const V* input_gates, const V* hidden_gates, const void* weight_ch,
-                               const HiddenState* prev_h, Compute<S>* c_state,
-                               HiddenState* h_state) {
-  State<V> prev{V(0), V(0)}, next{V(0), V(0)};
-  if constexpr (Cell::reads_prev_h) prev.h = Memory<V>::load(prev_h, n);
-  if constexpr (Cell::has_c) prev.c = Memory<V>::load(c_state, n);
-  V saved[Cell::saved > 0 ? Cell::saved : 1];
-  const UnitWeights<Cell, V> weights(static_cast<const S*>(weight_ch), p.H, unit, n);
-  Cell::forward(input_gates, hidden_gates, weights.values, prev, next, saved);
-
-  if constexpr (Cell::saved > 0) {
+HOST_DEVICE void emit_states(const ForwardParams& p, const RowStep& row, int64_t unit, int64_t n,
+                             const State<V>& prev, State<V> next, Compute<S>* c_state,
+                             HiddenState* h_state, const Factors<V>& factors = {}) {
+  if constexpr (is_varied<Cell> && Cell::reads_h)
     if (p.reserve.data)
-      for (int i = 0; i < Cell::saved; ++i)
-        Memory<V>::store(saved[i], p.reserve.at<S>(row.t, row.b, row.lane, unit, i), n);
-  }
+      Memory<V>::store(next.h,
+                       p.reserve.at<S>(row.t, row.b, row.lane, unit, saved_values<Cell>(p).h), n);
   if constexpr (Cell::has_c) {
+    if constexpr (is_varied<Cell>)
+      if (p.variation.zoneout_c > 0) {
+        if (p.saved_cells.data)
+          Memory<V>::store(next.c, p.saved_cells.at<Compute<S>>(row.t, row.b, row.lane, unit, 1),
+                           n);
+        next.c = zoned(factors.zone_c, prev.c, next.c);
+      }
     Memory<V>::store(row.next_resets ? V(0) : next.c, c_state, n);
     if (p.saved_cells.data)
       Memory<V>::store(next.c, p.saved_cells.at<Compute<S>>(row.t, row.b, row.lane, unit, 0), n);
@@ -135,29 +204,116 @@ HOST_DEVICE void forward_units(const ForwardParams& p, const RowStep& row, int64
       return;
     }
   }
-  emit_hidden<S>(p, row, unit, n, next.h, h_state);
+  emit_hidden<is_varied<Cell>, S>(p, row, unit, n, next.h, h_state, factors);
+}
+
+// `count` values of some units, in the reserve from `first`.
+template <class S, class V>
+HOST_DEVICE void save_values(const ForwardParams& p, const RowStep& row, int64_t unit, int64_t n,
+                             const V* values, int64_t first, int64_t count) {
+  if (!p.reserve.data) return;
+  for (int64_t i = 0; i < count; ++i)
+    Memory<V>::store(values[i], p.reserve.at<S>(row.t, row.b, row.lane, unit, first + i), n);
+}
+
+template <class S, class V>
+HOST_DEVICE V saved_value(const BackwardParams& p, const RowStep& row, int64_t unit, int64_t n,
+                          int64_t i) {
+  return Memory<V>::load(p.reserve.at<S>(row.t, row.b, row.lane, unit, i), n);
+}
+
+// The cell at `n` units from `unit`. prev_h, c_state and h_state point at those units of the engine's
+// state; with a projection h_state is the buffer of unprojected values that the second product reads.
+// weight_ch is the lane's.
+template <class Cell, class S, class V, class HiddenState>
+HOST_DEVICE void forward_units(const ForwardParams& p, const RowStep& row, int64_t unit, int64_t n,
+                               const V* input_gates, const V* hidden_gates, const void* weight_ch,
+                               const HiddenState* prev_h, Compute<S>* c_state, HiddenState* h_state,
+                               const Factors<V>& factors = {}) {
+  State<V> prev{V(0), V(0)}, next{V(0), V(0)};
+  if constexpr (Cell::reads_prev_h) {
+    if constexpr (is_varied<Cell>)
+      prev.h = previous_hidden<S, V>(p, row, unit, n);  // the engine's has been dropped from
+    else
+      prev.h = Memory<V>::load(prev_h, n);
+  }
+  if constexpr (Cell::has_c) prev.c = Memory<V>::load(c_state, n);
+  V saved[Cell::saved > 0 ? Cell::saved : 1];
+  const UnitWeights<Cell, V> weights(static_cast<const S*>(weight_ch), p.H, unit, n);
+  Cell::forward(input_gates, hidden_gates, weights.values, prev, next, saved);
+  save_values<S>(p, row, unit, n, saved, 0, Cell::saved);
+  emit_states<Cell, S>(p, row, unit, n, prev, next, c_state, h_state, factors);
+}
+
+// The half of it before c is normalised: c~, and gate o before its activation.
+template <class Cell, class S, class V>
+HOST_DEVICE void forward_c_units(const ForwardParams& p, const RowStep& row, int64_t unit,
+                                 int64_t n, const V* input_gates, const V* hidden_gates,
+                                 const void* weight_ch, const Compute<S>* c_state, V& c,
+                                 V& gate_o) {
+  const State<V> prev{V(0), Memory<V>::load(c_state, n)};
+  V saved[Cell::saved];
+  const UnitWeights<Cell, V> weights(static_cast<const S*>(weight_ch), p.H, unit, n);
+  Cell::forward_c(input_gates, hidden_gates, weights.values, prev, c, saved);
+  save_values<S>(p, row, unit, n, saved, 0, Cell::O);
+  gate_o = saved[Cell::O];
+}
+
+// The half after. `normal` is c~ normalised, and `inside` what weight and bias made of that.
+template <class Cell, class S, class V, class HiddenState>
+HOST_DEVICE void forward_h_units(const ForwardParams& p, const RowStep& row, int64_t unit,
+                                 int64_t n, V c, V normal, V inside, V gate_o,
+                                 const void* weight_ch, Compute<S>* c_state, HiddenState* h_state,
+                                 const Factors<V>& factors) {
+  const State<V> prev{V(0), Memory<V>::load(c_state, n)};
+  State<V> next{V(0), p.variation.layer_norm == LayerNorm::joint ? inside : c};
+  V saved[Cell::saved];
+  saved[Cell::O] = gate_o;
+  const UnitWeights<Cell, V> weights(static_cast<const S*>(weight_ch), p.H, unit, n);
+  next.h = Cell::forward_h(weights.values, next.c, inside, saved);
+  save_values<S>(p, row, unit, n, saved + Cell::O, Cell::O, 1);
+  save_values<S>(p, row, unit, n, &normal, saved_values<Cell>(p).c, 1);
+  emit_states<Cell, S>(p, row, unit, n, prev, next, c_state, h_state, factors);
 }
 
 // The whole gradient of h_t at `n` units: what came through the next step's product, what it passed
-// on directly (d_h_state, which is used up), and grad_output.
-template <class S, class V, class DState>
+// on directly (d_h_state, which is used up), and grad_output. Around a Varied cell that of h~, and
+// d_h_state holds what zoneout passes by the cell.
+template <bool varied, class S, class V, class DState>
 HOST_DEVICE V collect_d_hidden(const BackwardParams& p, const RowStep& row, int64_t unit, int64_t n,
-                               V product, DState* d_h_state) {
+                               V product, DState* d_h_state, const Factors<V>& factors = {}) {
+  if constexpr (varied) product = product * factors.keep;
   V d_h = product + Memory<V>::load(d_h_state, n);
   if (p.grad_output.data)
     d_h = d_h + Memory<V>::load(p.grad_output.at<S>(row.t, row.b, row.lane) + unit, n);
+  if constexpr (varied) {
+    Memory<V>::store(row.reset ? V(0) : factors.zone_h * d_h, d_h_state, n);
+    return (V(1) - factors.zone_h) * d_h;
+  }
   Memory<V>::store(V(0), d_h_state, n);
   return d_h;
 }
 
-// A state before the step: zero after a reset, the initial one at the first step.
-template <class S, class V, class Earlier>
-HOST_DEVICE V previous_state(const BackwardParams& p, const RowStep& row, const void* initial,
-                             int64_t width, int64_t unit, int64_t n, const Earlier& earlier) {
-  if (row.reset) return V(0);
-  if (!row.first) return Memory<V>::load(earlier(previous_time(p, row.lane, row.t)), n);
-  return load_or_zero<V>(
-      initial ? state_at<S>(initial, p.B, width, row.lane, row.b) + unit : nullptr, n);
+// The c before a step, and the one that the cell gave.
+template <class Cell, class S, class V>
+HOST_DEVICE void load_cells(const BackwardParams& p, const RowStep& row, int64_t unit, int64_t n,
+                            V& before, V& after) {
+  using C = Compute<S>;
+  const bool zoned = is_varied<Cell> && p.variation.zoneout_c > 0;
+  after = Memory<V>::load(p.saved_cells.at<C>(row.t, row.b, row.lane, unit, zoned), n);
+  before = previous_state<S, V>(p, row, p.cx, p.H, unit, n, [&](int64_t t) {
+    return p.saved_cells.at<C>(t, row.b, row.lane, unit, 0);
+  });
+}
+
+// The whole gradient of c_t, as far as it does not come from h_t.
+template <class S, class V>
+HOST_DEVICE V collect_d_cell(const BackwardParams& p, const RowStep& row, int64_t unit, int64_t n,
+                             const Compute<S>* d_c_state) {
+  V d_c = Memory<V>::load(d_c_state, n);
+  if (p.grad_cells.data)
+    d_c = d_c + Memory<V>::load(p.grad_cells.at<Compute<S>>(row.t, row.b, row.lane) + unit, n);
+  return d_c;
 }
 
 // The cell's backward at `n` units from `unit`. d_h is the whole gradient of the cell's h. What flows
@@ -167,33 +323,73 @@ template <class Cell, class S, class V>
 HOST_DEVICE void backward_units(const BackwardParams& p, const RowStep& row, int64_t unit,
                                 int64_t n, V d_h, const void* weight_ch, Compute<S>* d_h_state,
                                 Compute<S>* d_c_state, V* d_input_gates, V* d_hidden_gates,
-                                V* d_weight_ch) {
+                                V* d_weight_ch, const Factors<V>& factors = {}) {
   State<V> prev{V(0), V(0)}, next{V(0), V(0)}, d_next{d_h, V(0)}, d_prev{V(0), V(0)};
-  if constexpr (Cell::reads_h)
-    next.h = Memory<V>::load(p.output.at<S>(row.t, row.b, row.lane) + unit, n);
-  if constexpr (Cell::reads_prev_h)
-    prev.h = previous_state<S, V>(p, row, p.hx, p.P, unit, n, [&](int64_t t) {
-      return p.output.at<S>(t, row.b, row.lane) + unit;
-    });
+  if constexpr (Cell::reads_h) {
+    if constexpr (is_varied<Cell>)
+      next.h = saved_value<S, V>(p, row, unit, n, saved_values<Cell>(p).h);
+    else
+      next.h = Memory<V>::load(p.output.at<S>(row.t, row.b, row.lane) + unit, n);
+  }
+  if constexpr (Cell::reads_prev_h) prev.h = previous_hidden<S, V>(p, row, unit, n);
+  V d_c_passed_by(0);
   if constexpr (Cell::has_c) {
-    using C = Compute<S>;
-    next.c = Memory<V>::load(p.saved_cells.at<C>(row.t, row.b, row.lane, unit, 0), n);
-    prev.c = previous_state<S, V>(p, row, p.cx, p.H, unit, n, [&](int64_t t) {
-      return p.saved_cells.at<C>(t, row.b, row.lane, unit, 0);
-    });
-    d_next.c = Memory<V>::load(d_c_state, n);
-    if (p.grad_cells.data)
-      d_next.c = d_next.c + Memory<V>::load(p.grad_cells.at<C>(row.t, row.b, row.lane) + unit, n);
+    load_cells<Cell, S>(p, row, unit, n, prev.c, next.c);
+    d_next.c = collect_d_cell<S, V>(p, row, unit, n, d_c_state);
+    if constexpr (is_varied<Cell>) {
+      d_c_passed_by = factors.zone_c * d_next.c;
+      d_next.c = (V(1) - factors.zone_c) * d_next.c;
+    }
   }
   V saved[Cell::saved > 0 ? Cell::saved : 1];
-  if constexpr (Cell::saved > 0)
-    for (int i = 0; i < Cell::saved; ++i)
-      saved[i] = Memory<V>::load(p.reserve.at<S>(row.t, row.b, row.lane, unit, i), n);
+  for (int i = 0; i < Cell::saved; ++i) saved[i] = saved_value<S, V>(p, row, unit, n, i);
   const UnitWeights<Cell, V> weights(static_cast<const S*>(weight_ch), p.H, unit, n);
   Cell::backward(saved, weights.values, prev, next, d_next, d_input_gates, d_hidden_gates,
                  d_weight_ch, d_prev);
+  if constexpr (is_varied<Cell>) {
+    d_prev.c = d_prev.c + d_c_passed_by;
+    if (!p.projected) d_prev.h = d_prev.h + Memory<V>::load(d_h_state, n);
+  }
   if (!p.projected) Memory<V>::store(row.reset ? V(0) : d_prev.h, d_h_state, n);
   if constexpr (Cell::has_c) Memory<V>::store(row.reset ? V(0) : d_prev.c, d_c_state, n);
+}
+
+// The half of it down to the normalisation of c. d_inside is the gradient of what weight and bias made of
+// the normalised c; d_c, in and out, the gradient of c~ that does not come from there.
+template <class Cell, class S, class V>
+HOST_DEVICE void backward_h_units(const BackwardParams& p, const RowStep& row, int64_t unit,
+                                  int64_t n, V d_h, const void* weight_ch, V inside,
+                                  Compute<S>* d_c_state, V& d_c, V& d_gate_o, V& d_inside,
+                                  V* d_weight_ch, const Factors<V>& factors) {
+  V before, c;
+  load_cells<Cell, S>(p, row, unit, n, before, c);
+  d_c = collect_d_cell<S, V>(p, row, unit, n, d_c_state);
+  Memory<V>::store(row.reset ? V(0) : factors.zone_c * d_c, d_c_state, n);
+  d_c = (V(1) - factors.zone_c) * d_c;
+  V saved[Cell::saved];
+  saved[Cell::O] = saved_value<S, V>(p, row, unit, n, Cell::O);
+  const UnitWeights<Cell, V> weights(static_cast<const S*>(weight_ch), p.H, unit, n);
+  d_inside = Cell::backward_h(saved, weights.values, c, inside, d_h, d_c, d_gate_o, d_weight_ch);
+  if (p.variation.layer_norm == LayerNorm::joint) {
+    d_inside = d_inside + d_c;
+    d_c = V(0);
+  }
+}
+
+// The half above it. d_c is the whole gradient of c~, d_gates[O] is there already.
+template <class Cell, class S, class V>
+HOST_DEVICE void backward_c_units(const BackwardParams& p, const RowStep& row, int64_t unit,
+                                  int64_t n, V d_c, const void* weight_ch, Compute<S>* d_c_state,
+                                  V* d_gates, V* d_weight_ch) {
+  State<V> prev{V(0), V(0)}, d_prev{V(0), V(0)};
+  V after;
+  load_cells<Cell, S>(p, row, unit, n, prev.c, after);
+  V saved[Cell::saved];
+  for (int i = 0; i < Cell::O; ++i) saved[i] = saved_value<S, V>(p, row, unit, n, i);
+  const UnitWeights<Cell, V> weights(static_cast<const S*>(weight_ch), p.H, unit, n);
+  Cell::backward_c(saved, weights.values, prev, d_c, d_gates, d_weight_ch, d_prev);
+  d_prev.c = d_prev.c + Memory<V>::load(d_c_state, n);
+  Memory<V>::store(row.reset ? V(0) : d_prev.c, d_c_state, n);
 }
 
 }  // namespace fused_rnn

@@ -24,6 +24,8 @@ def run_layer(
     resets: Tensor | None = None,
     want_cells: bool = False,
     batch_sizes: Tensor | None = None,
+    variation: ops.Variation | None = None,
+    seed: Tensor | None = None,
 ) -> Sequence[Tensor]:
     """Runs one layer, all directions (and heads) in one op call.
 
@@ -32,13 +34,16 @@ def run_layer(
         input: (T, B, I).
         states: hx (D, B, P) and, for lstm, cx (D, B, H); empty for zeros.
         weights: for every direction weight_ih, weight_hh, bias_ih and bias_hh if ``has_biases``,
-            weight_hr if there is a projection, weight_ch if the cell has weights of its own.
+            weight_hr if there is a projection, weight_ch if the cell has weights of its own, weight
+            and bias of every normalisation.
         lanes: how many recurrences there are, each with weights of its own: D above.
         directions: 1, or 2: then every second lane runs backwards in time.
         lengths: (B,) int64 on input's device. resets: (T, B) bool on input's device.
         want_cells: whether the states c of every step are wanted (lstm).
         batch_sizes: (T,) int64, on the CPU only and in place of lengths. Then input (N, I), output
             and cells are packed, as the data of torch's PackedSequence.
+        variation: what options change in the step around the cell, or None for nothing.
+        seed: () int64 on input's device, of what is drawn; without it zoneout is its expectation.
 
     Returns:
         output (T, B, D * P), h_n (D, B, P), for lstm c_n (D, B, H), and the cells (T, B, D, H) in
@@ -48,16 +53,22 @@ def run_layer(
         input.requires_grad or any([t.requires_grad for t in (*weights, *states)])
     ):
         begin = 2 + len(states)
-        call = (cell, has_biases, lanes, directions, want_cells, begin, begin + len(weights))
-        ragged: tuple[Tensor | None, ...] = (lengths, batch_sizes, resets)
-        if lengths is None and batch_sizes is None and resets is None:
-            ragged = ()
-        results = _apply_layer(call, input, *states, *weights, *ragged)
+        end = begin + len(weights)
+        call = (cell, has_biases, lanes, directions, want_cells, begin, end, variation)
+        rest: tuple[Tensor | None, ...] = (lengths, batch_sizes, resets, seed)
+        if lengths is None and batch_sizes is None and resets is None and seed is None:
+            rest = ()
+        results = _apply_layer(call, input, *states, *weights, *rest)
         return results[: _wanted_results(cell, want_cells)]
-    return ops.forward_op(cell)(
+    return ops.forward_op(cell, variation is not None)(
         input, states, weights, has_biases, lengths, batch_sizes, resets, lanes, directions, False,
-        want_cells,
+        want_cells, *_last_arguments(variation, seed),
     )  # fmt: skip
+
+
+def _last_arguments(variation: ops.Variation | None, seed: Tensor | None) -> tuple[Any, ...]:
+    """What the varied ops take more than the plain ones."""
+    return () if variation is None else (*variation, seed)
 
 
 def _wanted_results(cell: str, want_cells: bool) -> int:
@@ -65,24 +76,25 @@ def _wanted_results(cell: str, want_cells: bool) -> int:
     return 2 + ops.CELLS[cell].has_c + want_cells
 
 
-_NOT_RAGGED = (None, None, None)
+_NO_REST = (None, None, None, None)
 
-# What Layer takes beside tensors: (cell, has_biases, lanes, directions, want_cells, begin, end),
-# where weights are arguments begin to end.
-_Call = tuple[str, bool, int, int, bool, int, int]
+# What Layer takes beside tensors: (cell, has_biases, lanes, directions, want_cells, begin, end,
+# variation), where weights are arguments begin to end.
+_Call = tuple[str, bool, int, int, bool, int, int, ops.Variation | None]
 
 
 class Layer(torch.autograd.Function):
-    """From (call, input, *states, *weights), and (lengths, batch_sizes, resets) if one of these is
-    given, to the results of ``{cell}_forward``."""
+    """From (call, input, *states, *weights), and (lengths, batch_sizes, resets, seed) if one of
+    these is given, to the results of ``{cell}_forward``."""
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        cell, has_biases, lanes, directions, want_cells, begin, end = args[0]
+        cell, has_biases, lanes, directions, want_cells, begin, end, variation = args[0]
+        *ragged, seed = args[end:] or _NO_REST
         return tuple(
-            ops.forward_op(cell)(
-                args[1], args[2:begin], args[begin:end], has_biases, *(args[end:] or _NOT_RAGGED),
-                lanes, directions, True, want_cells,
+            ops.forward_op(cell, variation is not None)(
+                args[1], args[2:begin], args[begin:end], has_biases, *ragged, lanes, directions,
+                True, want_cells, *_last_arguments(variation, seed),
             )
         )  # fmt: skip
 
@@ -98,25 +110,26 @@ class Layer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        cell, has_biases, lanes, directions, want_cells, begin, end = ctx.call
+        cell, has_biases, lanes, directions, want_cells, begin, end, variation = ctx.call
         needs = ctx.needs_input_grad
         # Of the arguments all but the first are there, each in its place; then what forward saved.
         tensors, count = ctx.saved_tensors, len(needs)
         output, input = tensors[:2]
         states, weights = tensors[2:begin], tensors[begin:end]
-        ragged = tensors[end:count] or _NOT_RAGGED
+        *ragged, seed = tensors[end:count] or _NO_REST
         # Compiled graphs hand over gradients even for outputs marked as having none.
         given = (*grads[: _wanted_results(cell, want_cells)], None, None)[:4]
         grad_output, grad_h_n, grad_c_n, grad_cells = given
         if grad_output is None and grad_h_n is None and grad_c_n is None and grad_cells is None:
             return (None,) * count
         if torch.is_grad_enabled():
-            return _differentiable_backward(ctx, given, input, states, weights, *ragged)
+            return _differentiable_backward(ctx, given, input, states, weights, *ragged, seed)
         need_input = needs[1]
         need_states, need_weights = True in needs[2:begin], True in needs[begin:]
-        found = ops.backward_op(cell)(
+        found = ops.backward_op(cell, variation is not None)(
             *given, input, states, weights, has_biases, *ragged, lanes, directions, output,
             tensors[count:], need_input, need_states, need_weights,
+            *_last_arguments(variation, seed),
         )  # fmt: skip
         rest = (None,) * (count - end)
         if need_input and need_weights and need_states == bool(states):
@@ -156,9 +169,11 @@ def _differentiable_backward(
     lengths: Tensor | None,
     batch_sizes: Tensor | None,
     resets: Tensor | None,
+    seed: Tensor | None,
 ) -> tuple[Any, ...]:
     """The gradient under ``create_graph=True``: through the reference, which has one itself."""
-    cell, has_biases, lane_count, directions, *_ = ctx.call
+    cell, has_biases, lane_count, directions, *_, varied = ctx.call
+    variation = varied or ops.PLAIN
     traits = ops.CELLS[cell]
     exists = None  # (T, B): the steps that a packed sequence holds, in its order
     if batch_sizes is not None:
@@ -172,13 +187,19 @@ def _differentiable_backward(
         x, *tensors = (t.to(ops.compute_dtype(t.dtype)) for t in aliases)
         if exists is not None:
             x = x.new_zeros((*exists.shape, x.shape[1])).masked_scatter(exists.unsqueeze(2), x)
-        lanes = traits.by_lane(tensors[len(states) :], has_biases, lane_count)
+        lanes = traits.by_lane(tensors[len(states) :], has_biases, lane_count, variation.layer_norm)
         rows, width = lanes[0].weight_hh.shape
-        zeros = [x.new_zeros((lane_count, x.shape[1], n)) for n in (width, rows // traits.gates)]
+        sizes = (width, rows // traits.gates)
+        zeros = [x.new_zeros((lane_count, x.shape[1], n)) for n in sizes]
         hx, cx = (*tensors[: len(states)], *zeros[len(states) :])
+        factors = reference.layer_factors(
+            (*x.shape[:2], lane_count), sizes, (variation.zoneout_h, variation.zoneout_c),
+            variation.recurrent_dropout, seed, x,
+        )  # fmt: skip
         results = reference.layer(
-            traits.name, x, hx, cx if traits.has_c else None, lanes, lengths, resets, directions
-        )
+            traits.name, x, hx, cx if traits.has_c else None, lanes, lengths, resets, directions,
+            factors,
+        )  # fmt: skip
         output, h_n, c_n, cells = results
         if exists is not None:
             output, cells = output[exists], None if cells is None else cells[exists]

@@ -2,13 +2,15 @@
 
 All of them take time-major input unless ``batch_first``, and the weights as one flat list in
 torch.nn's order: for each layer and direction weight_ih, weight_hh, then bias_ih and bias_hh if
-``has_biases``, then weight_hr where there is a projection, weight_ch where there are peepholes.
+``has_biases``, then weight_hr where there is a projection, weight_ch where there are peepholes, and
+weight and bias of every layer normalisation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from numbers import Real
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from . import ops
 from .autograd import run_additive_attention, run_layer
-from .heads import run_heads
+from .heads import block_diagonal, run_heads
 
 
 def lstm(
@@ -35,6 +37,10 @@ def lstm(
     return_cells: bool = False,
     peephole: bool = False,
     coupled: bool = False,
+    layer_norm: bool | str = False,
+    zoneout: float | tuple[float, float] = 0.0,
+    recurrent_dropout: float = 0.0,
+    weight_dropout: float = 0.0,
 ) -> tuple[Tensor, ...]:
     """Long short-term memory (Hochreiter & Schmidhuber 1997; Gers et al. 2000) over a sequence.
 
@@ -49,7 +55,8 @@ def lstm(
         resets: bool (T, B), or (B, T) with ``batch_first``. Where true the state is zeroed before
             that step, and no gradient crosses.
         return_cells: also return the c of every step of the last layer, (T, B, D * H).
-        peephole, coupled: as ``fused_rnn.LSTM``.
+        peephole, coupled, layer_norm, zoneout, recurrent_dropout, weight_dropout: as
+            ``fused_rnn.LSTM``, in training if ``train``.
 
     Returns:
         output (T, B, D * P), h_n, c_n[, cells], batch first as the input is.
@@ -62,6 +69,7 @@ def lstm(
         lstm_cell(peephole, coupled), input, () if h is None or c is None else (h, c), params,
         has_biases, num_layers,
         dropout, train, bidirectional, batch_first, lengths, resets, return_cells,
+        options=check_options(True, layer_norm, zoneout, recurrent_dropout, weight_dropout),
     )  # fmt: skip
     return tuple(results)
 
@@ -79,6 +87,10 @@ def gru(
     *,
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
+    layer_norm: bool | str = False,
+    zoneout: float = 0.0,
+    recurrent_dropout: float = 0.0,
+    weight_dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Gated recurrent unit (Cho et al. 2014, reset after the product) over a sequence.
 
@@ -87,6 +99,7 @@ def gru(
     output, h_n = run(
         "gru", input, () if hx is None else (hx,), params, has_biases, num_layers, dropout, train,
         bidirectional, batch_first, lengths, resets,
+        options=check_options(False, layer_norm, zoneout, recurrent_dropout, weight_dropout),
     )  # fmt: skip
     return output, h_n
 
@@ -105,6 +118,10 @@ def rnn(
     nonlinearity: str = "tanh",
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
+    layer_norm: bool | str = False,
+    zoneout: float = 0.0,
+    recurrent_dropout: float = 0.0,
+    weight_dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Simple (Elman 1990) RNN over a sequence, ``nonlinearity`` "tanh" or "relu".
 
@@ -113,6 +130,7 @@ def rnn(
     output, h_n = run(
         rnn_cell(nonlinearity), input, () if hx is None else (hx,), params, has_biases, num_layers,
         dropout, train, bidirectional, batch_first, lengths, resets,
+        options=check_options(False, layer_norm, zoneout, recurrent_dropout, weight_dropout),
     )  # fmt: skip
     return output, h_n
 
@@ -127,6 +145,57 @@ def rnn_cell(nonlinearity: str) -> str:
     if nonlinearity not in ("tanh", "relu"):
         raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
     return f"rnn_{nonlinearity}"
+
+
+class Options(NamedTuple):
+    """The options of a layer that change the step around its cell, and weight dropout."""
+
+    layer_norm: int  # of ops.LAYER_NORMS
+    zoneout: tuple[float, float]  # of h and c
+    recurrent_dropout: float
+    weight_dropout: float
+
+
+def check_options(
+    has_c: bool,
+    layer_norm: bool | str,
+    zoneout: float | tuple[float, float],
+    recurrent_dropout: float,
+    weight_dropout: float,
+) -> Options | None:
+    """The options as ``run`` takes them, None if all are at their defaults.
+
+    Raises:
+        TypeError, ValueError: an option is not what ``fused_rnn.LSTM`` documents.
+    """
+    if layer_norm is False and zoneout == recurrent_dropout == weight_dropout == 0:
+        return None
+    norm = "separate" if layer_norm is True else layer_norm
+    if not isinstance(norm, (bool, str)):
+        raise TypeError(f"layer_norm should be a bool or a str, got: {type(norm).__name__}")
+    if norm not in ops.LAYER_NORMS:
+        raise ValueError(f"layer_norm should be False, True, 'separate' or 'joint', got {norm!r}")
+    if isinstance(zoneout, (tuple, list)):
+        if not has_c or len(zoneout) != 2:
+            raise ValueError(
+                "zoneout should be a probability or, for LSTM only, a pair of them for h and c, got "
+                f"{zoneout}"
+            )
+        zones = tuple(zoneout)
+    else:
+        zones = (zoneout, zoneout)
+    given = {"recurrent_dropout": recurrent_dropout, "weight_dropout": weight_dropout}
+    for name, p in (("zoneout", zones[0]), ("zoneout", zones[1]), *given.items()):
+        if not isinstance(p, Real) or isinstance(p, bool):
+            raise TypeError(f"{name} should be a number, got: {type(p).__name__}")
+        if not 0 <= p < 1:
+            raise ValueError(f"{name} should be a probability in [0, 1), got {p}")
+    if not has_c:
+        zones = (zones[0], 0.0)
+    return Options(
+        ops.LAYER_NORMS.index(norm), tuple(map(float, zones)), float(recurrent_dropout),
+        float(weight_dropout),
+    )  # fmt: skip
 
 
 def additive_attention(
@@ -211,13 +280,22 @@ def additive_attention(
 
 
 def step(
-    cell: str, input: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor], has_biases: bool
+    cell: str,
+    input: Tensor,
+    states: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    has_biases: bool,
+    train: bool = False,
+    options: Options | None = None,
 ) -> tuple[Tensor, ...]:
     """One timestep: input (B, I), states h (B, H) and, for lstm, c (B, H), or none for zeros.
 
     Returns the new (h,) or (h, c). This is what RNNCell, LSTMCell and GRUCell call.
     """
-    _, *final = run(cell, input.unsqueeze(0), [s.unsqueeze(0) for s in states], weights, has_biases)
+    _, *final = run(
+        cell, input.unsqueeze(0), [s.unsqueeze(0) for s in states], weights, has_biases,
+        train=train, options=options,
+    )  # fmt: skip
     if ops.CELLS[cell].has_c and input.is_cpu:  # as run does for gru
         given = (states[0] if states else input).dtype
         final = [s.to(given) for s in final]
@@ -239,6 +317,7 @@ def run(
     resets: Tensor | None = None,
     return_cells: bool = False,
     batch_sizes: Tensor | None = None,
+    options: Options | None = None,
 ) -> Sequence[Tensor]:
     """What ``rnn``, ``gru`` and ``lstm`` do, for any ``cell`` in ``ops.CELLS``.
 
@@ -266,18 +345,24 @@ def run(
     if resets is not None:
         resets = _check_resets(resets, T, _batch_size(input, batch_sizes), input, batch_first)
     directions = 2 if bidirectional else 1
-    layers = (cell, input, states, params, has_biases, num_layers, directions, batch_sizes)
-    options = (lengths, resets, dropout if train else 0.0, return_cells)
+    variation = None if options is None else _variation(options, train)
+    layers = (
+        cell, input, states, params, has_biases, num_layers, directions, batch_sizes, variation,
+    )  # fmt: skip
+    rest = (
+        lengths, resets, dropout if train else 0.0, return_cells,
+        options.weight_dropout if train and options is not None else 0.0, train,
+    )  # fmt: skip
     if _is_plain_on_cpu(input) and params[1].dim() == 2:
         # The CPU's ops check whatever they are given, but know nothing of layers and their names.
         try:
-            results = _layers(*layers, *options)
+            results = _layers(*layers, *rest)
         except RuntimeError:
             _check(*layers)
             raise
     else:
         _check(*layers)
-        results = _layers(*layers, *options)
+        results = _layers(*layers, *rest)
     if batch_first or return_cells or given is not None:
         output, *final = results
         if return_cells:
@@ -305,6 +390,12 @@ def _is_plain_on_cpu(tensor: Tensor) -> bool:
     return type(tensor) is Tensor and tensor.is_cpu and not torch.compiler.is_compiling()
 
 
+def _variation(options: Options, train: bool) -> ops.Variation | None:
+    recurrent_dropout = options.recurrent_dropout if train else 0.0
+    variation = ops.Variation(options.layer_norm, *options.zoneout, recurrent_dropout)
+    return None if variation == ops.PLAIN else variation
+
+
 def _layers(
     cell: str,
     input: Tensor,
@@ -314,20 +405,29 @@ def _layers(
     num_layers: int,
     directions: int,
     batch_sizes: Tensor | None,
+    variation: ops.Variation | None,
     lengths: Tensor | None,
     resets: Tensor | None,
     dropout: float,
     want_cells: bool,
+    weight_dropout: float,
+    train: bool,
 ) -> Sequence[Tensor]:
     """``run_layer`` for layers over each other; the cells are those of the last."""
-    run = run_heads if params[1].dim() == 3 else run_layer
     D = directions
+    if variation is not None or weight_dropout > 0:
+        each = _params_per_lane(cell, params, has_biases, num_layers, D, variation)
+        params = list(params)
+        for i in range(1, len(params), each):
+            params[i] = _varied_weight_hh(params[i], weight_dropout, variation)
+    run = run_heads if params[1].dim() == 3 else run_layer
     if num_layers == 1:
         return run(
-            cell, input, states, params, has_biases, D, D, lengths, resets, want_cells, batch_sizes
-        )
+            cell, input, states, params, has_biases, D, D, lengths, resets, want_cells, batch_sizes,
+            variation, _seed(variation, train, input),
+        )  # fmt: skip
     # What no single layer could see.
-    each = _params_per_lane(cell, params, has_biases, num_layers, D) * D
+    each = _params_per_lane(cell, params, has_biases, num_layers, D, variation) * D
     _check_states(cell, input, states, params, num_layers * D, batch_sizes)
     finals: list[Sequence[Tensor]] = []
     cells: Sequence[Tensor] = ()
@@ -336,7 +436,7 @@ def _layers(
         input, *final = run(
             cell, input, [s[k * D : (k + 1) * D] for s in states],
             params[k * each : (k + 1) * each], has_biases, D, D, lengths, resets,
-            want_cells and last, batch_sizes,
+            want_cells and last, batch_sizes, variation, _seed(variation, train, input),
         )  # fmt: skip
         if last and want_cells:
             *final, cells = *final[:-1], final[-1:]
@@ -346,15 +446,40 @@ def _layers(
     return [input, *(torch.cat(state) for state in zip(*finals, strict=True)), *cells]
 
 
+def _seed(variation: ops.Variation | None, train: bool, input: Tensor) -> Tensor | None:
+    """What a layer's random numbers follow from, where it draws any."""
+    return _draw_seed(input) if train and variation is not None and any(variation[1:]) else None
+
+
+def _draw_seed(like: Tensor) -> Tensor:
+    # On the tensor's device, so that nobody waits, and a captured graph draws anew at every replay.
+    return torch.randint(2**62, (), device=like.device)
+
+
+def _varied_weight_hh(weight_hh: Tensor, dropout: float, variation: ops.Variation | None) -> Tensor:
+    if dropout > 0:
+        weight_hh = torch.ops.fused_rnn.dropout(weight_hh, dropout, _draw_seed(weight_hh))
+    if weight_hh.dim() == 3 and variation is not None and variation.layer_norm:
+        # A normalisation takes all heads together, which lanes are not.
+        weight_hh = block_diagonal(weight_hh)
+    return weight_hh
+
+
 def _batch_size(input: Tensor, batch_sizes: Tensor | None) -> int:
     return input.shape[1] if batch_sizes is None else int(batch_sizes[0])
 
 
 def _params_per_lane(
-    cell: str, params: Sequence[Tensor], has_biases: bool, num_layers: int, lanes: int
+    cell: str,
+    params: Sequence[Tensor],
+    has_biases: bool,
+    num_layers: int,
+    lanes: int,
+    variation: ops.Variation | None,
 ) -> int:
     each, rest = divmod(len(params), num_layers * lanes)
-    without_projection = ops.CELLS[cell].weights(has_biases)
+    layer_norm = (variation or ops.PLAIN).layer_norm
+    without_projection = ops.CELLS[cell].weights(has_biases, layer_norm)
     if rest or each - without_projection not in (0, 1):
         raise RuntimeError(
             f"Expected {without_projection} params (or {without_projection + 1} with a projection) "
@@ -390,11 +515,13 @@ def _check(
     num_layers: int,
     lanes: int,
     batch_sizes: Tensor | None,
+    variation: ops.Variation | None,
 ) -> None:
     """Names the weight or state whose shape, dtype or device does not fit."""
-    each = _params_per_lane(cell, params, has_biases, num_layers, lanes)
+    each = _params_per_lane(cell, params, has_biases, num_layers, lanes, variation)
+    layer_norm = (variation or ops.PLAIN).layer_norm
     gates, unit_weights = ops.CELLS[cell].gates, ops.CELLS[cell].unit_weights
-    projected = each > ops.CELLS[cell].weights(has_biases)
+    projected = each > ops.CELLS[cell].weights(has_biases, layer_norm)
     H, heads = _hidden_size(cell, params[1])
     P = params[each - 1 - (unit_weights > 0)].shape[0] if projected else H
     dtype, device = input.dtype, input.device
@@ -412,6 +539,9 @@ def _check(
             shapes["weight_hr"] = (P, H)
         if unit_weights:
             shapes["weight_ch"] = (unit_weights * H,)
+        for of in ops.CELLS[cell].norms(layer_norm):
+            rows = (H if of == "c" else gates * H,)
+            shapes |= {f"ln_{of}_weight": rows, f"ln_{of}_bias": rows}
         name, shape = list(shapes.items())[kind]
         if tensor.shape == shape and tensor.dtype == dtype and tensor.device == device:
             continue

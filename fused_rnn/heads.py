@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from . import ops
@@ -29,6 +30,8 @@ def run_heads(
     resets: Tensor | None = None,
     want_cells: bool = False,
     batch_sizes: Tensor | None = None,
+    variation: ops.Variation | None = None,
+    seed: Tensor | None = None,
 ) -> Sequence[Tensor]:
     """As ``run_layer``, with weight_hh (N, G*H/N, H/N); ``lanes`` before the split into heads."""
     traits = ops.CELLS[cell]
@@ -41,7 +44,7 @@ def run_heads(
     output, *rest = run_layer(
         cell, input, [_split_state(state, heads) for state in states],
         [t for lane in split for t in lane if t is not None], has_biases, len(split), directions,
-        lengths, resets, want_cells, batch_sizes,
+        lengths, resets, want_cells, batch_sizes, variation, seed,
     )  # fmt: skip
     # (..., N*D*H/N) and (..., N*D, H/N): directions first, then heads.
     output = output.unflatten(-1, (heads, lanes, -1)).transpose(-3, -2).flatten(-3)
@@ -53,6 +56,12 @@ def run_heads(
     return results
 
 
+def block_diagonal(weight_hh: Tensor) -> Tensor:
+    """(N, G*H/N, H/N) as the (G*H, H) that does the same, with zeros between the heads."""
+    gates = weight_hh.unflatten(1, (-1, weight_hh.shape[2])).permute(1, 2, 3, 0)  # (G, H/N, H/N, N)
+    return torch.diag_embed(gates, dim1=1, dim2=3).flatten(0, 2).flatten(1)
+
+
 def _by_head(weights: Weights, gates: int, unit_weights: int, heads: int) -> list[Weights]:
     """One direction's weights, head by head."""
 
@@ -62,7 +71,7 @@ def _by_head(weights: Weights, gates: int, unit_weights: int, heads: int) -> lis
             return [None] * heads
         return tensor.unflatten(0, (groups, heads, -1)).transpose(0, 1).flatten(1, 2).unbind(0)
 
-    weight_ih, weight_hh, bias_ih, bias_hh, _, weight_ch = weights
+    weight_ih, weight_hh, bias_ih, bias_hh, _, weight_ch, *_ = weights
     kinds = (
         split(weight_ih, gates), weight_hh.unbind(0), split(bias_ih, gates), split(bias_hh, gates),
         [None] * heads, split(weight_ch, unit_weights),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -15,15 +16,29 @@ from . import functional, ops
 # Taken once: inside fused_rnn.patch(), torch.nn.LSTM is our own class.
 _TorchLSTM = nn.LSTM
 
+LAYER_NORMS = ops.LAYER_NORMS
+
 States = tuple[Tensor, ...]  # (h,) or, for LSTM, (h, c)
 
 
 class _Options:
-    """The options that make another cell, as layers have them that were saved before there were."""
+    """The options that torch.nn does not have; defaults for layers saved before there were any."""
 
+    _has_c = False  # whether there is a c beside h
     peephole = coupled = False
     num_heads = 1
-    _DEFAULTS: ClassVar = {"peephole": False, "coupled": False, "num_heads": 1}
+    layer_norm: bool | str = False
+    zoneout: float | tuple[float, float] = 0.0
+    recurrent_dropout = weight_dropout = 0.0
+    _DEFAULTS: ClassVar = {
+        "peephole": False,
+        "coupled": False,
+        "num_heads": 1,
+        "layer_norm": False,
+        "zoneout": 0.0,
+        "recurrent_dropout": 0.0,
+        "weight_dropout": 0.0,
+    }
 
     def extra_repr(self) -> str:
         chosen = {name: getattr(self, name) for name in self._DEFAULTS}
@@ -32,21 +47,50 @@ class _Options:
             f", {name}={value}" for name, value in chosen.items() if value != self._DEFAULTS[name]
         )
 
-    def _set_options(self, num_heads: int, peephole: bool = False, coupled: bool = False) -> bool:
-        """Checks and keeps the options; whether one of them is not at its default."""
-        for name, value in (("peephole", peephole), ("coupled", coupled)):
-            if not isinstance(value, bool):
+    def _set_options(self, **chosen: Any) -> bool:
+        """Checks and keeps the options; whether one of them asks for other weights than torch's."""
+        for name, value in chosen.items():
+            is_flag = isinstance(self._DEFAULTS[name], bool) and name != "layer_norm"
+            if is_flag and not isinstance(value, bool):
                 raise TypeError(f"{name} should be of type bool, got: {type(value).__name__}")
-        if not isinstance(num_heads, int) or isinstance(num_heads, bool):
-            raise TypeError(f"num_heads should be of type int, got: {type(num_heads).__name__}")
-        hidden_size: int = self.hidden_size  # type: ignore[attr-defined]
-        if num_heads <= 0 or hidden_size % num_heads:
+            setattr(self, name, value)
+        heads, hidden_size = self.num_heads, self.hidden_size  # type: ignore[attr-defined]
+        if not isinstance(heads, int) or isinstance(heads, bool):
+            raise TypeError(f"num_heads should be of type int, got: {type(heads).__name__}")
+        if heads <= 0 or hidden_size % heads:
             raise ValueError(
                 "num_heads should be at least 1 and divide hidden_size, got num_heads="
-                f"{num_heads} and hidden_size={hidden_size}"
+                f"{heads} and hidden_size={hidden_size}"
             )
-        self.peephole, self.coupled, self.num_heads = peephole, coupled, num_heads
-        return peephole or coupled or num_heads > 1
+        options = self._options()
+        self.layer_norm = LAYER_NORMS[options.layer_norm if options else 0]
+        return self.peephole or self.coupled or heads > 1 or self.layer_norm is not False
+
+    def _options(self) -> functional.Options | None:
+        # At every call: the rates may be changed at any time, as torch.nn's dropout.
+        return functional.check_options(
+            self._has_c, self.layer_norm, self.zoneout, self.recurrent_dropout, self.weight_dropout
+        )
+
+    def _own_shapes(self, cell: str) -> dict[str, tuple[int, ...]]:
+        """Weights that torch.nn's layer does not have, or has in another shape."""
+        traits, H, heads = ops.CELLS[cell], self.hidden_size, self.num_heads  # type: ignore[attr-defined]
+        shapes: dict[str, tuple[int, ...]] = {}
+        if heads > 1:
+            shapes["weight_hh"] = (heads, traits.gates * H // heads, H // heads)
+        if traits.unit_weights:
+            shapes["weight_ch"] = (traits.unit_weights * H,)
+        for of in traits.norms(LAYER_NORMS.index(self.layer_norm)):
+            rows = H if of == "c" else traits.gates * H
+            shapes |= {f"ln_{of}_weight": (rows,), f"ln_{of}_bias": (rows,)}
+        return shapes
+
+    def reset_parameters(self) -> None:
+        """Draws weights as torch.nn does; a normalisation begins as none: weight 1, bias 0."""
+        super().reset_parameters()  # type: ignore[misc]
+        for name, parameter in self.named_parameters(recurse=False):  # type: ignore[attr-defined]
+            if name.startswith("ln_"):
+                torch.nn.init.constant_(parameter, 1.0 if "_weight" in name else 0.0)
 
 
 class _Layer(_Options, RNNBase):
@@ -62,8 +106,8 @@ class _Layer(_Options, RNNBase):
                 "num_heads should be 1 with proj_size, since a projection mixes the heads, got "
                 f"num_heads={self.num_heads} and proj_size={self.proj_size}"
             )
-        traits, H, heads = ops.CELLS[self._cell()], self.hidden_size, self.num_heads
-        rows = traits.gates * H
+        rows = ops.CELLS[self._cell()].gates * self.hidden_size
+        own = self._own_shapes(self._cell())
         old = dict(self._parameters)
         self._parameters.clear()
         self._flat_weights_names = []
@@ -75,10 +119,7 @@ class _Layer(_Options, RNNBase):
                 for name, weight in old.items()
                 if name in names and weight is not None
             }
-            if heads > 1:
-                shapes[f"weight_hh{suffix}"] = (heads, rows // heads, H // heads)
-            if traits.unit_weights:
-                shapes[f"weight_ch{suffix}"] = (traits.unit_weights * H,)
+            shapes |= {name + suffix: shape for name, shape in own.items()}
             for name, shape in shapes.items():
                 setattr(self, name, Parameter(like.new_empty(shape)))
             names[:] = shapes
@@ -225,6 +266,7 @@ class _Layer(_Options, RNNBase):
             batch_first,
             lengths,
             resets,
+            options=self._options(),
             **options,
         )
         end = 3 if self.mode == "LSTM" else 2  # of the final states
@@ -255,6 +297,20 @@ class RNN(_Layer):
         batch_first: input and output are (B, T, features) instead of (T, B, features).
         dropout: probability of zeroing an element between layers, in training.
         bidirectional: adds a direction that reads backwards; outputs are concatenated.
+        layer_norm: ``True`` or ``"separate"`` normalises W_{ih} x and W_{hh} h, each over all
+            gates, before biases are added, and in LSTM the c inside the output's tanh (Ba et al.
+            2016, arXiv 1607.06450): weights ``ln_ih_*``, ``ln_hh_*``, ``ln_c_*``. ``"joint"``
+            normalises the sum of both and the biases, and in LSTM c itself: ``ln_g_*``, ``ln_c_*``
+            (``*`` is ``weight_l{k}`` and ``bias_l{k}``; over G gates (G * hidden_size), of c
+            (hidden_size)). In GRU the sum's third part is what the reset gate multiplies. eps 1e-5.
+        zoneout: probability that a unit of h (in LSTM also of c, or a pair of both probabilities)
+            stays as it was, in training; else the expectation of that (Krueger et al. 2017, arXiv
+            1606.01305).
+        recurrent_dropout: probability that a unit of h is zero for the recurrent product, in
+            training, the same units in every timestep of a sequence (Gal & Ghahramani 2016, arXiv
+            1512.05287); others are divided by 1 - p.
+        weight_dropout: probability that a weight of ``weight_hh`` is zero for a call, in training
+            (DropConnect; Merity et al. 2018, arXiv 1708.02182); others are divided by 1 - p.
         num_heads: the recurrence is block-diagonal (sLSTM's heads; Beck et al. 2024, arXiv
             2405.04517): the hidden units are divided into this many heads of equal size, and the
             gates of a head see the h of its own units only. ``weight_hh_l{k}`` is then (num_heads,
@@ -265,7 +321,16 @@ class RNN(_Layer):
     (hidden_size), with ``_reverse`` appended for the second direction.
     """
 
-    def __init__(self, *args: Any, num_heads: int = 1, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        num_heads: int = 1,
+        layer_norm: bool | str = False,
+        zoneout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        weight_dropout: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
         if "proj_size" in kwargs:
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
         if len(args) > 3:
@@ -278,7 +343,10 @@ class RNN(_Layer):
                 f"Unknown nonlinearity '{self.nonlinearity}'. Select from 'tanh' or 'relu'."
             )
         super().__init__(f"RNN_{self.nonlinearity.upper()}", *args, **kwargs)
-        if self._set_options(num_heads):
+        if self._set_options(
+            num_heads=num_heads, layer_norm=layer_norm, zoneout=zoneout,
+            recurrent_dropout=recurrent_dropout, weight_dropout=weight_dropout,
+        ):  # fmt: skip
             self._set_weights()
 
     def _cell(self) -> str:
@@ -330,11 +398,23 @@ class GRU(_Layer):
     order r, z, n: ``weight_ih_l{k}`` (3 * hidden_size, input) and so on.
     """
 
-    def __init__(self, *args: Any, num_heads: int = 1, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        num_heads: int = 1,
+        layer_norm: bool | str = False,
+        zoneout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        weight_dropout: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
         if "proj_size" in kwargs:
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
         super().__init__("GRU", *args, **kwargs)
-        if self._set_options(num_heads):
+        if self._set_options(
+            num_heads=num_heads, layer_norm=layer_norm, zoneout=zoneout,
+            recurrent_dropout=recurrent_dropout, weight_dropout=weight_dropout,
+        ):  # fmt: skip
             self._set_weights()
 
     forward = RNN.forward
@@ -366,16 +446,25 @@ class LSTM(_Layer):
             ``weight_ch_l{k}`` (2 * hidden_size) in the order f, o.
     """
 
+    _has_c = True
+
     def __init__(
         self,
         *args: Any,
         peephole: bool = False,
         coupled: bool = False,
         num_heads: int = 1,
+        layer_norm: bool | str = False,
+        zoneout: float | tuple[float, float] = 0.0,
+        recurrent_dropout: float = 0.0,
+        weight_dropout: float = 0.0,
         **kwargs: Any,
     ) -> None:
         super().__init__("LSTM", *args, **kwargs)
-        if self._set_options(num_heads, peephole, coupled):
+        if self._set_options(
+            peephole=peephole, coupled=coupled, num_heads=num_heads, layer_norm=layer_norm,
+            zoneout=zoneout, recurrent_dropout=recurrent_dropout, weight_dropout=weight_dropout,
+        ):  # fmt: skip
             self._set_weights()
 
     def _cell(self) -> str:
@@ -443,16 +532,14 @@ def _pair(name: str, hx: Any) -> States:
 class _Cell(_Options, RNNCellBase):
     """What RNNCell, LSTMCell and GRUCell share: one timestep of one layer."""
 
-    weight_ch: Tensor
+    _own_weights: Sequence[str] = ()
 
     def _set_weights(self, cell: str) -> None:
         """Replaces the weights by those of the cell that the options choose."""
-        traits, H, heads = ops.CELLS[cell], self.hidden_size, self.num_heads
-        if heads > 1:
-            shape = (heads, traits.gates * H // heads, H // heads)
-            self.weight_hh = Parameter(self.weight_hh.new_empty(shape))
-        if traits.unit_weights:
-            self.weight_ch = Parameter(self.weight_hh.new_empty(traits.unit_weights * H))
+        like, shapes = self.weight_hh, self._own_shapes(cell)
+        for name, shape in shapes.items():
+            setattr(self, name, Parameter(like.new_empty(shape)))
+        self._own_weights = [name for name in shapes if name != "weight_hh"]
         self.reset_parameters()
 
     def _step(self, cell: str, input: Tensor, states: States | None) -> States:
@@ -483,9 +570,10 @@ class _Cell(_Options, RNNCellBase):
         has_biases = bias_ih is not None and bias_hh is not None
         if has_biases:
             weights += [bias_ih, bias_hh]
-        if self.peephole:
-            weights += [self.weight_ch]
-        result = functional.step(cell, input, states or (), weights, has_biases)
+        weights += [getattr(self, name) for name in self._own_weights]
+        result = functional.step(
+            cell, input, states or (), weights, has_biases, self.training, self._options()
+        )
         return result if batched else tuple(s.squeeze(0) for s in result)
 
     def _check_state_dim(self, what: str, state: Tensor | None) -> None:
@@ -499,7 +587,8 @@ class RNNCell(_Cell):
     """One timestep of a simple RNN; drop-in for :class:`torch.nn.RNNCell`.
 
     Args:
-        input_size, hidden_size, bias, nonlinearity: as :class:`RNN`.
+        input_size, hidden_size, bias, nonlinearity, num_heads, layer_norm, zoneout: as
+            :class:`RNN`.
     """
 
     __constants__ = [*RNNCellBase.__constants__, "nonlinearity"]  # noqa: RUF012
@@ -514,10 +603,12 @@ class RNNCell(_Cell):
         dtype: Any = None,
         *,
         num_heads: int = 1,
+        layer_norm: bool | str = False,
+        zoneout: float = 0.0,
     ) -> None:
         super().__init__(input_size, hidden_size, bias, num_chunks=1, device=device, dtype=dtype)
         self.nonlinearity = nonlinearity
-        if self._set_options(num_heads):
+        if self._set_options(num_heads=num_heads, layer_norm=layer_norm, zoneout=zoneout):
             self._set_weights("rnn_tanh")
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
@@ -532,7 +623,7 @@ class GRUCell(_Cell):
     """One timestep of a GRU; drop-in for :class:`torch.nn.GRUCell`.
 
     Args:
-        input_size, hidden_size, bias: as :class:`GRU`.
+        input_size, hidden_size, bias, num_heads, layer_norm, zoneout: as :class:`GRU`.
     """
 
     def __init__(
@@ -544,9 +635,11 @@ class GRUCell(_Cell):
         dtype: Any = None,
         *,
         num_heads: int = 1,
+        layer_norm: bool | str = False,
+        zoneout: float = 0.0,
     ) -> None:
         super().__init__(input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype)
-        if self._set_options(num_heads):
+        if self._set_options(num_heads=num_heads, layer_norm=layer_norm, zoneout=zoneout):
             self._set_weights("gru")
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
@@ -559,8 +652,11 @@ class LSTMCell(_Cell):
     """One timestep of an LSTM; drop-in for :class:`torch.nn.LSTMCell`.
 
     Args:
-        input_size, hidden_size, bias, peephole, coupled, num_heads: as :class:`LSTM`.
+        input_size, hidden_size, bias, peephole, coupled, num_heads, layer_norm, zoneout: as
+            :class:`LSTM`.
     """
+
+    _has_c = True
 
     def __init__(
         self,
@@ -573,12 +669,17 @@ class LSTMCell(_Cell):
         peephole: bool = False,
         coupled: bool = False,
         num_heads: int = 1,
+        layer_norm: bool | str = False,
+        zoneout: float | tuple[float, float] = 0.0,
     ) -> None:
         chunks = 3 if coupled else 4
         super().__init__(
             input_size, hidden_size, bias, num_chunks=chunks, device=device, dtype=dtype
         )
-        if self._set_options(num_heads, peephole, coupled):
+        if self._set_options(
+            peephole=peephole, coupled=coupled, num_heads=num_heads, layer_norm=layer_norm,
+            zoneout=zoneout,
+        ):  # fmt: skip
             self._set_weights(functional.lstm_cell(peephole, coupled))
 
     def forward(

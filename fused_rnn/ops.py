@@ -28,12 +28,21 @@ class CellTraits(NamedTuple):
     unit_weights: int  # weights per unit that the cell itself reads
     has_c: bool  # whether there is a cell state beside h
     split_gates: bool  # whether the gradients of input and hidden gates differ
+    reads_h: bool  # whether backward reads the h that the cell gave
 
-    def weights(self, has_biases: bool) -> int:
+    def norms(self, layer_norm: int) -> tuple[str, ...]:
+        """What is normalised: each has a weight and a bias."""
+        of_gates = ((), ("ih", "hh"), ("g",))[layer_norm]
+        return (*of_gates, "c") if of_gates and self.has_c else of_gates
+
+    def weights(self, has_biases: bool, layer_norm: int = 0) -> int:
         """How many tensors of weights a lane has without a projection."""
-        return (4 if has_biases else 2) + (self.unit_weights > 0)
+        own = (self.unit_weights > 0) + 2 * len(self.norms(layer_norm))
+        return (4 if has_biases else 2) + own
 
-    def by_lane(self, weights: Sequence[Tensor], has_biases: bool, lanes: int) -> list[Weights]:
+    def by_lane(
+        self, weights: Sequence[Tensor], has_biases: bool, lanes: int, layer_norm: int = 0
+    ) -> list[Weights]:
         """An op's flat list of weights, lane by lane."""
         each = len(weights) // lanes
         found = []
@@ -41,10 +50,32 @@ class CellTraits(NamedTuple):
             left = iter(weights[i * each : (i + 1) * each])
             weight_ih, weight_hh = next(left), next(left)
             bias_ih, bias_hh = (next(left), next(left)) if has_biases else (None, None)
-            weight_hr = next(left) if each > self.weights(has_biases) else None
+            weight_hr = next(left) if each > self.weights(has_biases, layer_norm) else None
             weight_ch = next(left) if self.unit_weights else None
-            found.append(Weights(weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_ch))
+            norms = {
+                f"ln_{of}_{kind}": next(left)
+                for of in self.norms(layer_norm)
+                for kind in ("weight", "bias")
+            }
+            found.append(
+                Weights(weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_ch, **norms)
+            )
         return found
+
+
+LAYER_NORMS = (False, "separate", "joint")  # by the number that ops know them by
+
+
+class Variation(NamedTuple):
+    """What options change in the step around a cell: the last arguments of the varied ops."""
+
+    layer_norm: int = 0  # of LAYER_NORMS
+    zoneout_h: float = 0.0
+    zoneout_c: float = 0.0
+    recurrent_dropout: float = 0.0
+
+
+PLAIN = Variation()
 
 
 CELLS: dict[str, CellTraits] = {
@@ -59,14 +90,15 @@ def _overloads(suffix: str) -> dict[str, OpOverload]:
 
 
 _FORWARD, _BACKWARD = _overloads("forward"), _overloads("backward")
+_VARIED_FORWARD, _VARIED_BACKWARD = _overloads("varied_forward"), _overloads("varied_backward")
 
 
-def forward_op(cell: str) -> OpOverload:
-    return _FORWARD[cell]
+def forward_op(cell: str, varied: bool = False) -> OpOverload:
+    return (_VARIED_FORWARD if varied else _FORWARD)[cell]
 
 
-def backward_op(cell: str) -> OpOverload:
-    return _BACKWARD[cell]
+def backward_op(cell: str, varied: bool = False) -> OpOverload:
+    return (_VARIED_BACKWARD if varied else _BACKWARD)[cell]
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -109,12 +141,17 @@ def _register_fakes(cell: CellTraits) -> None:
         directions: int,
         save: bool,
         want_cells: bool,
+        layer_norm: int | None = None,
+        zoneout_h: float = 0.0,
+        zoneout_c: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        seed: Tensor | None = None,
     ) -> list[Tensor]:
         _check_devices(input, *states, *weights)
         T, B = _time(input, states, batch_sizes)
         rows = input.shape[:-1]  # (T, B) or, packed, (N,)
         H, P = weights[1].shape[0] // cell.gates, weights[1].shape[1]
-        projected = len(weights) // lanes > cell.weights(has_biases)
+        projected = len(weights) // lanes > cell.weights(has_biases, layer_norm or 0)
         new = input.new_empty
         c_dtype = compute_dtype(input.dtype)
 
@@ -130,9 +167,13 @@ def _register_fakes(cell: CellTraits) -> None:
         if want_cells:
             results.append(new((*rows, lanes, H), dtype=c_dtype))
         if save:
-            results += [reserve(cell.saved, input.dtype)] if cell.saved else []
-            results += [reserve(1, c_dtype)] if cell.has_c else []
+            saved, cells = cell.saved, 1
+            if layer_norm is not None:
+                saved, cells = _C.saved_values(cell.name, layer_norm), 1 + (zoneout_c > 0)
+            results += [reserve(saved, input.dtype)] if saved else []
+            results += [reserve(cells, c_dtype)] if cell.has_c else []
             results += [new((*rows, lanes, H))] if projected else []
+            results += [new((T, lanes, B, 3), dtype=c_dtype)] if layer_norm else []
         return results
 
     def backward(
@@ -154,6 +195,7 @@ def _register_fakes(cell: CellTraits) -> None:
         need_input: bool,
         need_states: bool,
         need_weights: bool,
+        *variation: Any,
     ) -> list[Tensor]:
         _, B = _time(input, states, batch_sizes)
         H, P = weights[1].shape[0] // cell.gates, weights[1].shape[1]
@@ -164,8 +206,9 @@ def _register_fakes(cell: CellTraits) -> None:
             shapes += [tuple(weight.shape) for weight in weights]
         return [input.new_empty(shape) for shape in shapes]
 
-    torch.library.register_fake(f"fused_rnn::{cell.name}_forward", forward)
-    torch.library.register_fake(f"fused_rnn::{cell.name}_backward", backward)
+    for kind in ("", "_varied"):
+        torch.library.register_fake(f"fused_rnn::{cell.name}{kind}_forward", forward)
+        torch.library.register_fake(f"fused_rnn::{cell.name}{kind}_backward", backward)
 
 
 def compose_layer(cell: CellTraits, namespace: str = "fused_rnn", device: str = "CUDA") -> None:
@@ -239,6 +282,29 @@ def _attention_backward_fake(
 ) -> tuple[Tensor, ...]:
     shapes = [t.shape for t in (query, key, value, weight)]
     return tuple(query.new_empty(s) for s in (*shapes, (0,) if bias is None else bias.shape))
+
+
+# dropout(input, p, seed): input * reference.dropout_factors(seed, WEIGHT_DROPOUT, input.shape, p).
+
+
+@torch.library.register_fake("fused_rnn::dropout")
+def _dropout_fake(input: Tensor, p: float, seed: Tensor) -> Tensor:
+    return torch.empty_like(input, memory_format=torch.contiguous_format)
+
+
+def _dropout_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    (seed,) = ctx.saved_tensors
+    return torch.ops.fused_rnn.dropout(grad, ctx.p, seed), None, None
+
+
+def _dropout_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, ctx.p, seed = inputs
+    ctx.save_for_backward(seed)
+
+
+torch.library.register_autograd(
+    "fused_rnn::dropout", _dropout_backward, setup_context=_dropout_context
+)
 
 
 def _triton_kernels() -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,9 +26,36 @@ class Weights(NamedTuple):
     bias_hh: Tensor | None  # (G*H)
     weight_hr: Tensor | None  # (P, H), LSTM with projection only
     weight_ch: Tensor | None = None  # (3*H) or, coupled, (2*H): LSTM with peepholes only
+    # Layer normalisation: of ih and hh ("separate") or of g ("joint"), and of c (LSTM only).
+    ln_ih_weight: Tensor | None = None  # (G*H)
+    ln_ih_bias: Tensor | None = None  # (G*H)
+    ln_hh_weight: Tensor | None = None  # (G*H)
+    ln_hh_bias: Tensor | None = None  # (G*H)
+    ln_g_weight: Tensor | None = None  # (G*H)
+    ln_g_bias: Tensor | None = None  # (G*H)
+    ln_c_weight: Tensor | None = None  # (H)
+    ln_c_bias: Tensor | None = None  # (H)
 
+
+class Factors(NamedTuple):
+    """What one direction's zoneout and recurrent dropout multiply with; None for nothing."""
+
+    zone_h: Tensor | float | None = None  # (T, B, P), 1 where h stays as it was; or a probability
+    zone_c: Tensor | float | None = None  # (T, B, H), likewise for c: LSTM only
+    keep: Tensor | None = None  # (B, P), of h before the recurrent product: 0 or 1 / (1 - p)
+
+
+NO_FACTORS = Factors()
 
 State = tuple[Tensor, Tensor | None]  # h (B, P) and, for LSTM, c (B, H)
+
+# What an LSTM makes of its new c: the c that it keeps, and what stands inside the output's tanh.
+Through = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+def as_it_is(c: Tensor) -> tuple[Tensor, Tensor]:
+    """The plain LSTM's."""
+    return c, c
 
 
 def rnn_tanh(input_gates: Tensor, hidden_gates: Tensor, state: State) -> State:
@@ -41,39 +68,53 @@ def rnn_relu(input_gates: Tensor, hidden_gates: Tensor, state: State) -> State:
     return torch.relu(input_gates + hidden_gates), None
 
 
-def lstm(input_gates: Tensor, hidden_gates: Tensor, state: State) -> State:
+def lstm(
+    input_gates: Tensor, hidden_gates: Tensor, state: State, *, through: Through = as_it_is
+) -> State:
     """Hochreiter & Schmidhuber 1997 with the forget gate of Gers et al. 2000; gates i, f, g, o."""
     _, c = state
     assert c is not None
     i, f, g, o = (input_gates + hidden_gates).chunk(4, dim=-1)
-    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-    return torch.sigmoid(o) * torch.tanh(c), c
+    c, inside = through(torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g))
+    return torch.sigmoid(o) * torch.tanh(inside), c
 
 
 def lstm_peephole(
-    input_gates: Tensor, hidden_gates: Tensor, state: State, weight_ch: Tensor
+    input_gates: Tensor,
+    hidden_gates: Tensor,
+    state: State,
+    weight_ch: Tensor,
+    *,
+    through: Through = as_it_is,
 ) -> State:
     """Gers & Schmidhuber 2000: gates i and f also see c_{t-1}, gate o sees c_t, unit by unit."""
     _, c = state
     assert c is not None
     w_i, w_f, w_o = weight_ch.chunk(3)
     i, f, g, o = (input_gates + hidden_gates).chunk(4, dim=-1)
-    c = torch.sigmoid(f + w_f * c) * c + torch.sigmoid(i + w_i * c) * torch.tanh(g)
-    return torch.sigmoid(o + w_o * c) * torch.tanh(c), c
+    c, inside = through(torch.sigmoid(f + w_f * c) * c + torch.sigmoid(i + w_i * c) * torch.tanh(g))
+    return torch.sigmoid(o + w_o * c) * torch.tanh(inside), c
 
 
-def lstm_coupled(input_gates: Tensor, hidden_gates: Tensor, state: State) -> State:
+def lstm_coupled(
+    input_gates: Tensor, hidden_gates: Tensor, state: State, *, through: Through = as_it_is
+) -> State:
     """Greff et al. 2017 (arXiv 1503.04069), CIFG: i = 1 - f; gates f, g, o."""
     _, c = state
     assert c is not None
     f, g, o = (input_gates + hidden_gates).chunk(3, dim=-1)
     f = torch.sigmoid(f)
-    c = f * c + (1 - f) * torch.tanh(g)
-    return torch.sigmoid(o) * torch.tanh(c), c
+    c, inside = through(f * c + (1 - f) * torch.tanh(g))
+    return torch.sigmoid(o) * torch.tanh(inside), c
 
 
 def lstm_coupled_peephole(
-    input_gates: Tensor, hidden_gates: Tensor, state: State, weight_ch: Tensor
+    input_gates: Tensor,
+    hidden_gates: Tensor,
+    state: State,
+    weight_ch: Tensor,
+    *,
+    through: Through = as_it_is,
 ) -> State:
     """Both: i = 1 - f, where gate f sees c_{t-1} and gate o sees c_t."""
     _, c = state
@@ -81,8 +122,8 @@ def lstm_coupled_peephole(
     w_f, w_o = weight_ch.chunk(2)
     f, g, o = (input_gates + hidden_gates).chunk(3, dim=-1)
     f = torch.sigmoid(f + w_f * c)
-    c = f * c + (1 - f) * torch.tanh(g)
-    return torch.sigmoid(o + w_o * c) * torch.tanh(c), c
+    c, inside = through(f * c + (1 - f) * torch.tanh(g))
+    return torch.sigmoid(o + w_o * c) * torch.tanh(inside), c
 
 
 def gru(input_gates: Tensor, hidden_gates: Tensor, state: State) -> State:
@@ -120,18 +161,65 @@ def mask_beyond(sequence: Tensor, lengths: Tensor | None) -> Tensor:
     return sequence.masked_fill(beyond(lengths, sequence.shape[0]).unsqueeze(-1), 0)
 
 
-def recurrent_product(h: Tensor, weight_hh: Tensor, bias_hh: Tensor | None) -> Tensor:
-    """(B, G*H): weight_hh h + bias_hh, where weight_hh may be block-diagonal.
+def recurrent_product(h: Tensor, weight_hh: Tensor) -> Tensor:
+    """(B, G*H): weight_hh h, where weight_hh may be block-diagonal.
 
     With N heads (as in sLSTM; Beck et al. 2024, arXiv 2405.04517), the gates of a head's units see
     the h of these units alone.
     """
     if weight_hh.dim() == 2:
-        return F.linear(h, weight_hh, bias_hh)
+        return F.linear(h, weight_hh)
     heads, _, width = weight_hh.shape
     by_head = torch.einsum("bnk,nrk->bnr", h.unflatten(1, (heads, width)), weight_hh)
-    product = by_head.unflatten(2, (-1, width)).transpose(1, 2).flatten(1)
-    return product if bias_hh is None else product + bias_hh
+    return by_head.unflatten(2, (-1, width)).transpose(1, 2).flatten(1)
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Ba et al. 2016 (arXiv 1607.06450) over the last dimension, eps 1e-5."""
+    return F.layer_norm(x, x.shape[-1:], weight, bias)
+
+
+def normalised_gates(
+    weights: Weights, input_product: Tensor, hidden_product: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Input and hidden gates of the two products, which are as yet without biases.
+
+    "separate" (Ba et al. 2016, eq. 20): each product normalised over all its gates, then the bias.
+    "joint" (torchaudio's RNN-T predictor; Hafner et al. 2021, arXiv 2010.02193): one normalisation
+    of the sum of both, with biases. The sum stands for the hidden gates, so that GRU's reset gate
+    multiplies all of its third part.
+    """
+    bias_ih = 0 if weights.bias_ih is None else weights.bias_ih
+    bias_hh = 0 if weights.bias_hh is None else weights.bias_hh
+    if weights.ln_ih_weight is not None:
+        input_product = layer_norm(input_product, weights.ln_ih_weight, weights.ln_ih_bias)
+        hidden_product = layer_norm(hidden_product, weights.ln_hh_weight, weights.ln_hh_bias)
+    elif weights.ln_g_weight is not None:
+        total = input_product + bias_ih + hidden_product + bias_hh
+        total = layer_norm(total, weights.ln_g_weight, weights.ln_g_bias)
+        return torch.zeros_like(total), total
+    return input_product + bias_ih, hidden_product + bias_hh
+
+
+def normalised_cell(weights: Weights) -> Through:
+    """What becomes of an LSTM's new c under layer normalisation.
+
+    "separate" normalises what the output's tanh sees (Ba et al. 2016, eq. 22), "joint" c itself.
+    """
+
+    def separate(c: Tensor) -> tuple[Tensor, Tensor]:
+        return c, layer_norm(c, weights.ln_c_weight, weights.ln_c_bias)
+
+    def joint(c: Tensor) -> tuple[Tensor, Tensor]:
+        c = layer_norm(c, weights.ln_c_weight, weights.ln_c_bias)
+        return c, c
+
+    return separate if weights.ln_g_weight is None else joint
+
+
+def zoneout(before: Tensor, after: Tensor, share: Tensor | float | None) -> Tensor:
+    """Krueger et al. 2017 (arXiv 1606.01305, eq. 4): where ``share`` is 1, the state stays."""
+    return after if share is None else share * before + (1 - share) * after
 
 
 def direction(
@@ -143,6 +231,7 @@ def direction(
     reverse: bool = False,
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
+    factors: Factors = NO_FACTORS,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Runs one direction of one layer over a sequence.
 
@@ -152,6 +241,8 @@ def direction(
         hx: (B, P). cx: (B, H) for lstm, else None.
         lengths: (B,) integers; row b takes part in timesteps t < lengths[b].
         resets: (T, B) bool; where true the state is zeroed before that step.
+        factors: of zoneout and of recurrent dropout (Gal & Ghahramani 2016, arXiv 1512.05287: the
+            same units of h are dropped in every timestep).
 
     Returns:
         output (T, B, P), zero beyond a row's length; h_n (B, P); for lstm c_n (B, H) and the cell
@@ -160,7 +251,12 @@ def direction(
     T = input.shape[0]
     h, c = hx, cx
     own = () if weights.weight_ch is None else (weights.weight_ch,)
-    input_gates = F.linear(mask_beyond(input, lengths), weights.weight_ih, weights.bias_ih)
+    through = {} if weights.ln_c_weight is None else {"through": normalised_cell(weights)}
+    input_product = F.linear(mask_beyond(input, lengths), weights.weight_ih)
+    zone_h, zone_c = (
+        zone if isinstance(zone, Tensor) else [zone] * T
+        for zone in (factors.zone_h, factors.zone_c)
+    )
     outputs: list[Tensor] = [torch.zeros_like(hx)] * T
     cells: list[Tensor] = [] if cx is None else [torch.zeros_like(cx)] * T
     for t in reversed(range(T)) if reverse else range(T):
@@ -169,10 +265,16 @@ def direction(
             keep = ~resets[t].unsqueeze(-1)
             h_before = torch.where(keep, h, torch.zeros_like(h))
             c_before = None if c is None else torch.where(keep, c, torch.zeros_like(c))
-        hidden_gates = recurrent_product(h_before, weights.weight_hh, weights.bias_hh)
-        h_new, c_new = CELLS[cell](input_gates[t], hidden_gates, (h_before, c_before), *own)
+        h_read = h_before if factors.keep is None else h_before * factors.keep
+        input_gates, hidden_gates = normalised_gates(
+            weights, input_product[t], recurrent_product(h_read, weights.weight_hh)
+        )
+        h_new, c_new = CELLS[cell](input_gates, hidden_gates, (h_before, c_before), *own, **through)
         if weights.weight_hr is not None:
             h_new = F.linear(h_new, weights.weight_hr)
+        h_new = zoneout(h_before, h_new, zone_h[t])
+        if c_before is not None and c_new is not None:
+            c_new = zoneout(c_before, c_new, zone_c[t])
         if lengths is None:
             h, c, outputs[t] = h_new, c_new, h_new
         else:
@@ -199,6 +301,7 @@ def layer(
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
     directions: int | None = None,
+    factors: Sequence[Factors] = (),
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Runs one layer: one direction per entry of ``weights``, the second backwards in time.
 
@@ -211,7 +314,7 @@ def layer(
     results = [
         direction(
             cell, input, hx[d], None if cx is None else cx[d], w, both and d % 2 == 1, lengths,
-            resets,
+            resets, factors[d] if factors else NO_FACTORS,
         )
         for d, w in enumerate(weights)
     ]  # fmt: skip
@@ -230,10 +333,12 @@ def stacked(
     weights: Sequence[Sequence[Weights]],
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
+    factors: Sequence[Sequence[Factors]] = (),
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Runs layers over each other, as torch.nn without dropout.
 
-    ``weights[k]`` are the directions of layer k; hx is (layers*D, B, P), cx (layers*D, B, H).
+    ``weights[k]`` and ``factors[k]`` are of the directions of layer k; hx is (layers*D, B, P), cx
+    (layers*D, B, H).
     Returns output (T, B, D*P), h_n, and for lstm c_n and the last layer's cells (T, B, D*H), else
     None.
     """
@@ -243,8 +348,9 @@ def stacked(
     for k, directions in enumerate(weights):
         at = slice(k * D, (k + 1) * D)
         output, h, c, cells = layer(
-            cell, input, hx[at], None if cx is None else cx[at], directions, lengths, resets
-        )
+            cell, input, hx[at], None if cx is None else cx[at], directions, lengths, resets,
+            factors=factors[k] if factors else (),
+        )  # fmt: skip
         input = output.flatten(2)
         h_n.append(h)
         if c is not None and cells is not None:
@@ -310,26 +416,24 @@ def allowed_pairs(
     return allowed.tril() if causal else allowed
 
 
-def dropout_keep(seed: int, shape: tuple[int, int, int], p: float, like: Tensor) -> Tensor:
-    """The factors of dropout on attention weights: 0 with probability p, else 1 / (1 - p).
+def philox(
+    seed: int | Tensor, position: Tensor, stream: int = 0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox 4x32-10 (Salmon et al. 2011): four words of 32 random bits for every position.
 
-    Philox 4x32-10 (Salmon et al. 2011) of the seed and of an element's position in ``shape``, the
-    same numbers as the kernels' (csrc/philox.h).
+    The same numbers as the kernels' (csrc/philox.h). ``seed`` and positions have 64 bits; another
+    ``stream`` gives other numbers.
     """
     low = 0xFFFFFFFF
-    position = torch.arange(math.prod(shape), device=like.device)
     c0, c1 = position & low, position >> 32
-    c2, c3 = torch.zeros_like(position), torch.zeros_like(position)
+    c2, c3 = torch.full_like(position, stream), torch.zeros_like(position)
     k0, k1 = seed & low, (seed >> 32) & low
     for _ in range(10):
         a_high, a_low = _multiply(0xD2511F53, c0)
         b_high, b_low = _multiply(0xCD9E8D57, c2)
         c0, c1, c2, c3 = b_high ^ c1 ^ k0, b_low, a_high ^ c3 ^ k1, a_low
         k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
-    # Below 2^31 as it is, from there on mirrored: the float that the kernels make of it.
-    magnitude = torch.where(c0 < 2**31, c0, low - c0)
-    uniform = magnitude.float() * 4.6566127342e-10
-    return (uniform > p).to(like).view(shape) / (1 - p)
+    return c0, c1, c2, c3
 
 
 def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -337,3 +441,74 @@ def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
     low = a * (b & 0xFFFF)
     high = a * (b >> 16) + (low >> 16)
     return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
+
+
+def dropout_keep(seed: int, shape: tuple[int, int, int], p: float, like: Tensor) -> Tensor:
+    """The factors of dropout on attention weights: 0 with probability p, else 1 / (1 - p).
+
+    Random numbers of the seed and of an element's position in ``shape``.
+    """
+    word, *_ = philox(seed, torch.arange(math.prod(shape), device=like.device))
+    # Below 2^31 as it is, from there on mirrored: the float that the kernels make of it.
+    magnitude = torch.where(word < 2**31, word, 0xFFFFFFFF - word)
+    uniform = magnitude.float() * 4.6566127342e-10
+    return (uniform > p).to(like).view(shape) / (1 - p)
+
+
+# Streams of random numbers: one for each thing that is drawn.
+ZONEOUT_H, ZONEOUT_C, RECURRENT_DROPOUT, WEIGHT_DROPOUT = 1, 2, 3, 4
+
+
+def chosen(
+    seed: int | Tensor, stream: int, shape: Sequence[int], p: float, device: Any = None
+) -> Tensor:
+    """bool of ``shape``, each True with probability ``p`` (in units of 2^-32).
+
+    Rows, the last dimension of ``shape``, are made of blocks of 64: element 16 j + i of a block has
+    word j of the block's i-th position.
+    """
+    *rows, n = shape
+    blocks = -(-n // 64)
+    position = torch.arange(math.prod(rows) * blocks * 16, device=device)
+    words = torch.stack(philox(seed, position.view(-1, 16), stream), dim=1)
+    return (words.view(-1, blocks * 64)[:, :n] < int(p * 2**32)).view(*shape)
+
+
+def dropout_factors(
+    seed: int | Tensor, stream: int, shape: Sequence[int], p: float, like: Tensor
+) -> Tensor:
+    """The factors of a dropout: 0 with probability p, else 1 / (1 - p)."""
+    return (~chosen(seed, stream, shape, p, like.device)).to(like) / (1 - p)
+
+
+def layer_factors(
+    shape: tuple[int, int, int],
+    sizes: tuple[int, int],
+    zoneout: tuple[float, float],
+    recurrent_dropout: float,
+    seed: int | Tensor | None,
+    like: Tensor,
+) -> list[Factors]:
+    """The factors of every lane of a layer.
+
+    Args:
+        shape: T, B and the number of lanes. sizes: P and H.
+        zoneout: the probabilities of h and c. Without a seed they are the factors themselves, the
+            expectation (Krueger et al. 2017, section 3).
+        recurrent_dropout: the probability; nothing is dropped without a seed.
+    """
+    T, B, L = shape
+    P, H = sizes
+    if seed is None:
+        return [Factors(*(z or None for z in zoneout))] * L
+
+    def zones(p: float, stream: int, n: int) -> list[Tensor | None]:
+        if p == 0:
+            return [None] * L
+        return list(chosen(seed, stream, (T, B, L, n), p, like.device).to(like).unbind(2))
+
+    keep: Sequence[Tensor | None] = [None] * L
+    if recurrent_dropout > 0:
+        keep = dropout_factors(seed, RECURRENT_DROPOUT, (L, B, P), recurrent_dropout, like)
+    lanes = zip(zones(zoneout[0], ZONEOUT_H, P), zones(zoneout[1], ZONEOUT_C, H), keep, strict=True)
+    return [Factors(*lane) for lane in lanes]

@@ -25,6 +25,9 @@
 // whole gradient that reaches this step's states. d_prev receives what flows back to the previous
 // states directly; what flows through hidden_gates is the engine's product with W_hh. d_weights is this
 // step's part of the gradient of the unit's own weights.
+//
+// A cell with c is made of two halves, forward_c and forward_h, backward_h and backward_c (lstm.h), because
+// layer normalisation needs the new c of all units before any h.
 #pragma once
 
 #include "../macros.h"
@@ -37,5 +40,14 @@ struct State {
   V h;
   V c;  // unused by cells without has_c
 };
+
+// The same cell in a layer whose options change the step around it (Variation in params.h). A type of
+// its own, so that the plain cell's step is compiled without a trace of them.
+template <class Cell>
+struct Varied : Cell {};
+template <class Cell>
+constexpr bool is_varied = false;
+template <class Cell>
+constexpr bool is_varied<Varied<Cell>> = true;
 
 }  // namespace fused_rnn

@@ -15,6 +15,12 @@
 // A strip is a vector of d_gates columns for all rows of the chunk, columns are two vectors of input
 // columns for all of them: both packed as panels are, k being the chunk's rows.
 //
+// Under layer normalisation a timestep has more phases, as in forward.h: a gradient passes through a
+// normalisation when it is known for all units of the row.
+//
+// Weights that a unit has for itself (of peepholes and normalisations) have their gradient summed row by
+// row of the batch, and rows only at the end of a chunk: in an order that no number of threads changes.
+//
 // Included inside the instruction set's namespace.
 
 template <class Cell, class S>
@@ -65,6 +71,8 @@ class Backward {
         d_output_width(row_width<E>(p.P)),
         h_width(round_up(p.P, V::size)),
         c_width(round_up(p.H, V::size)),
+        norm(is_varied<Cell> ? p.variation.layer_norm : LayerNorm::none),
+        split_gates(Cell::split_gates || norm == LayerNorm::separate),
         packed(p.T * p.B > 1),
         hidden_panels({p.P, gate_rows, 0, 1, p.P}, p.T > 1 || p.d_hx),
         input_panels({p.I, gate_rows, 0, 1, p.I}, p.d_input.data),
@@ -76,6 +84,7 @@ class Backward {
         order(p, division.blocks),
         everything(p, 1),
         chunks(p, everything, chunk_rows),
+        varied(p, p.L * parts, order.end(0)),
         gradient_count(!p.d_weights  ? 0
                        : p.projected ? 3
                                      : 2) {
@@ -121,20 +130,25 @@ class Backward {
     d_h_state = arena.take<C>(p.L * p.B * h_width);
     if (Cell::has_c) d_c_state = arena.take<C>(p.L * p.B * c_width);
     if (p.projected) d_output_state = arena.take<Value>(p.L * p.B * d_output_width);
+    if (is_varied<Cell>) varied.take_memory(arena);
+    if (norm != LayerNorm::none) {
+      if (Cell::has_c) passing_c = arena.take<C>(3 * p.L * p.B * c_width);
+      passing_gates = arena.take<C>(2 * Cell::gates * p.L * p.B * c_width);
+    }
     if (!multiplies()) return;
     places = arena.take<Place>(p.L * parts * chunks.capacity);
     d_hidden_rows = d_input_rows = arena.take<Value>(p.L * chunks.capacity * gates_width);
-    if (Cell::split_gates) d_hidden_rows = arena.take<Value>(p.L * chunks.capacity * gates_width);
+    if (split_gates) d_hidden_rows = arena.take<Value>(p.L * chunks.capacity * gates_width);
     if (gradient_count == 3)
       d_output_rows = arena.take<Value>(p.L * chunks.capacity * d_output_width);
-    const bool with_bias = p.weights[0].bias_ih;
+    const bool with_bias = p.weights[0].bias_ih && norm != LayerNorm::separate;
     for (int i = 0; i < gradient_count; ++i)
       gradient[i].take_memory(arena, p.L, word_count<E>(chunks.capacity),
                               packs_strips(i) ? nullptr : &gradient[0], !std::is_same_v<S, C>,
                               with_bias && i < 2 && packs_strips(i));
-    if (Cell::unit_weights > 0 && p.d_weights) {
-      d_weight_ch_rows = arena.take<C>(p.L * chunks.capacity * unit_weights_width());
-      d_weight_ch_sums = arena.take<C>(p.L * unit_weights_width());
+    if (unit_weights() > 0 && p.d_weights) {
+      d_unit_rows = arena.take<C>(p.L * p.B * unit_weights_width());
+      d_unit_sums = arena.take<C>(p.L * unit_weights_width());
     }
     if (p.d_input) other_d_inputs = arena.take<C>((p.L - 1) * p.T * p.B * p.I);
   }
@@ -148,12 +162,23 @@ class Backward {
     int64_t t, b;
   };
 
-  int64_t unit_weights_width() const { return Cell::unit_weights * c_width; }
+  // How many weights a unit has for itself, and where they are: those of the cell, weight and bias of
+  // input (or joint) gates, of hidden gates, of c.
+  int unit_weights() const {
+    return norm == LayerNorm::none ? Cell::unit_weights : ln_c() + 2 * Cell::has_c;
+  }
+  static constexpr int ln_input() { return Cell::unit_weights; }
+  static constexpr int ln_hidden() { return ln_input() + 2 * Cell::gates; }
+  int ln_c() const {
+    return norm == LayerNorm::separate ? ln_hidden() + 2 * Cell::gates : ln_hidden();
+  }
+  int64_t unit_weights_width() const { return unit_weights() * c_width; }
 
-  // Unless the cell splits its gates, the first two weights have the same d_gates.
-  static constexpr bool packs_strips(int g) { return g != 1 || Cell::split_gates; }
+  // Unless gates are split, the first two weights have the same d_gates.
+  bool packs_strips(int g) const { return g != 1 || split_gates; }
   bool multiplies() const { return p.d_input || gradient_count; }
-  int64_t phases_per_step() const { return p.projected ? 2 : 1; }
+  int64_t norm_phases() const { return norm == LayerNorm::none ? 0 : 1 + Cell::has_c; }
+  int64_t phases_per_step() const { return 1 + p.projected + norm_phases(); }
   int64_t recurrence_phases() const {
     return division.members > 1 ? chunks.steps * phases_per_step() : 1;
   }
@@ -207,6 +232,8 @@ class Backward {
       memset(gates_row(0, lane, i), 0, gates_width * sizeof(Value));
       memset(gates_row(1, lane, i), 0, gates_width * sizeof(Value));
       if (p.projected) memset(output_row(lane, i), 0, d_output_width * sizeof(Value));
+      if constexpr (is_varied<Cell>) varied.draw_keep(lane, b);
+      if (d_unit_rows) memset(unit_row(lane, b), 0, unit_weights_width() * sizeof(C));
       load_gradient(p.grad_h_n, p.P, lane, b, h_row(lane, i));
       if constexpr (Cell::has_c) load_gradient(p.grad_c_n, p.H, lane, b, c_row(lane, i));
     }
@@ -223,9 +250,9 @@ class Backward {
         memset(gradient[g].bias_sums + (lane * gradient[g].strip_count() + strips.begin) * V::size,
                0, (strips.end - strips.begin) * V::size * sizeof(C));
       }
-    if (d_weight_ch_sums) {
+    if (d_unit_sums) {
       const Share vectors(unit_weights_width() / V::size, part.index, parts);
-      memset(d_weight_ch_sums + lane * unit_weights_width() + vectors.begin * V::size, 0,
+      memset(d_unit_sums + lane * unit_weights_width() + vectors.begin * V::size, 0,
              (vectors.end - vectors.begin) * V::size * sizeof(C));
     }
   }
@@ -254,30 +281,41 @@ class Backward {
   void step_phase(const Part& part, int64_t chunk, int64_t phase) {
     const int64_t step = chunk * chunks.steps + phase / phases_per_step();
     if (step >= p.T) return;
-    if (phase % phases_per_step() == 0)
-      hidden_phase(part, chunk, step);
-    else
-      projection_phase(part, chunk, step);
+    const int64_t of_step = phase % phases_per_step();
+    if (of_step == 0) return hidden_phase(part, chunk, step);
+    if (of_step == 1 && p.projected) return projection_phase(part, chunk, step);
+    if constexpr (is_varied<Cell>) {
+      if constexpr (Cell::has_c)
+        if (of_step + 2 == phases_per_step()) return c_phase(part, step);
+      gates_phase(part, chunk, step);
+    }
   }
 
   void hidden_phase(const Part& part, int64_t chunk, int64_t step) {
     const int64_t lane = part.lane, t = time_of_step(p, lane, p.T - 1 - step);
     const int64_t begin = order.begin(part.block);
     const int64_t rows = order.active_end(part.block, t) - begin;
+    // Nothing comes back from beyond the last step.
+    const bool first = step == 0;
+    const int64_t each_panel = first ? V::size : PlainPanels::units_each;
+    const Share panels((p.P + each_panel - 1) / each_panel, part.member, division.members);
+    const Share units(panels.begin * each_panel, panels.end * each_panel);
+    if constexpr (is_varied<Cell>) draw_zones(part, t, units, true, !p.projected);
     const auto each = [&](int64_t i, int64_t unit, int64_t n, V product) {
       const RowStep row = row_step(p, lane, order.row(i), t);
-      const V d_h = collect_d_hidden<S>(p, row, unit, n, product, h_row(lane, i) + unit);
+      Factors<V> factors;
+      if constexpr (is_varied<Cell>) factors = factors_of(part, row, i, unit);
+      const V d_h = collect_d_hidden<is_varied<Cell>, S>(p, row, unit, n, product,
+                                                         h_row(lane, i) + unit, factors);
       const int64_t chunk_row = row_of_chunk(part, chunk, t, i);
-      if (!p.projected) return cell_units(row, step, i, chunk_row, unit, n, d_h);
+      if (!p.projected) return cell_units(part, row, step, i, chunk_row, unit, n, d_h);
       Memory<V>::store(d_h, output_row(lane, i) + unit, n);
       if (d_output_rows)
         Memory<V>::store(d_h, d_output_rows + chunk_row * d_output_width + unit, n);
     };
-    if (step > 0) return hidden_product(part, step, begin, rows, each);
-    // Nothing comes back from beyond the last step.
-    const Share panels((p.P + V::size - 1) / V::size, part.member, division.members);
+    if (!first) return hidden_product(part, step, begin, rows, each);
     for (int64_t i = begin; i < begin + rows; ++i)
-      for (int64_t unit = panels.begin * V::size; unit < panels.end * V::size; unit += V::size)
+      for (int64_t unit = units.begin; unit < units.end; unit += V::size)
         each(i, unit, p.P - unit, V(0));
   }
 
@@ -285,11 +323,15 @@ class Backward {
     const int64_t lane = part.lane, t = time_of_step(p, lane, p.T - 1 - step);
     const int64_t begin = order.begin(part.block);
     const int64_t rows = order.active_end(part.block, t) - begin;
-    multiply_units(projection_panels, p.weights[lane].weight_hr, lane,
-                   Share(projection_panels.count, part.member, division.members), false,
+    const Share panels(projection_panels.count, part.member, division.members);
+    if constexpr (is_varied<Cell>)
+      draw_zones(part, t,
+                 {panels.begin * PlainPanels::units_each, panels.end * PlainPanels::units_each},
+                 false, true);
+    multiply_units(projection_panels, p.weights[lane].weight_hr, lane, panels, false,
                    {output_row(lane, begin), d_output_width / E::depth, rows},
                    [&](int64_t r, int64_t unit, int64_t n, V d_h) {
-                     cell_units(row_step(p, lane, order.row(begin + r), t), step, begin + r,
+                     cell_units(part, row_step(p, lane, order.row(begin + r), t), step, begin + r,
                                 row_of_chunk(part, chunk, t, begin + r), unit, n, d_h);
                    });
   }
@@ -302,18 +344,32 @@ class Backward {
            (i - order.begin(part.block)) * division.blocks + part.block;
   }
 
-  HOST_DEVICE void cell_units(const RowStep& row, int64_t step, int64_t i, int64_t chunk_row,
-                              int64_t unit, int64_t n, V d_h) {
-    V d_input_gates[Cell::gates], d_hidden_gates[Cell::gates];
+  HOST_DEVICE void cell_units(const Part& part, const RowStep& row, int64_t step, int64_t i,
+                              int64_t chunk_row, int64_t unit, int64_t n, V d_h) {
+    const void* weight_ch = p.weights[row.lane].weight_ch;
     V d_weight_ch[Cell::unit_weights > 0 ? Cell::unit_weights : 1];
-    backward_units<Cell, S>(p, row, unit, n, d_h, p.weights[row.lane].weight_ch,
-                            h_row(row.lane, i) + unit,
+    Factors<V> factors;
+    if constexpr (is_varied<Cell>) {
+      factors = factors_of(part, row, i, unit);
+      if constexpr (Cell::has_c)
+        if (norm != LayerNorm::none)
+          return hidden_half(row, i, unit, n, d_h, weight_ch, d_weight_ch, factors);
+    }
+    V d_input_gates[Cell::gates], d_hidden_gates[Cell::gates];
+    backward_units<Cell, S>(p, row, unit, n, d_h, weight_ch, h_row(row.lane, i) + unit,
                             Cell::has_c ? c_row(row.lane, i) + unit : nullptr, d_input_gates,
-                            d_hidden_gates, d_weight_ch);
-    if (Cell::unit_weights > 0 && d_weight_ch_rows)
-      for (int k = 0; k < Cell::unit_weights; ++k)
-        d_weight_ch[k].store(d_weight_ch_rows + chunk_row * unit_weights_width() + k * c_width +
-                             unit);
+                            d_hidden_gates, d_weight_ch, factors);
+    for (int k = 0; k < Cell::unit_weights; ++k) add_unit(row, k, unit, d_weight_ch[k]);
+    if (norm != LayerNorm::none)
+      pass_gates(row, i, unit, n, d_input_gates, d_hidden_gates);
+    else
+      keep_gates(row, step, i, chunk_row, unit, n, d_input_gates, d_hidden_gates);
+  }
+
+  // Where the next product and those over the chunk find them.
+  HOST_DEVICE void keep_gates(const RowStep& row, int64_t step, int64_t i, int64_t chunk_row,
+                              int64_t unit, int64_t n, const V* d_input_gates,
+                              const V* d_hidden_gates) {
     Value* state = gates_row(step + 1, row.lane, i) + unit;
     for (int g = 0; g < Cell::gates; ++g)
       Memory<V>::store(row.reset ? V(0) : d_hidden_gates[g], state + g * p.H, n);
@@ -322,7 +378,158 @@ class Backward {
     Value* hiddens = d_hidden_rows + chunk_row * gates_width + unit;
     for (int g = 0; g < Cell::gates; ++g) {
       Memory<V>::store(d_input_gates[g], inputs + g * p.H, n);
-      if constexpr (Cell::split_gates) Memory<V>::store(d_hidden_gates[g], hiddens + g * p.H, n);
+      if (split_gates) Memory<V>::store(d_hidden_gates[g], hiddens + g * p.H, n);
+    }
+  }
+
+  C* unit_row(int64_t lane, int64_t b) const {
+    return d_unit_rows + (lane * p.B + b) * unit_weights_width();
+  }
+  HOST_DEVICE void add_unit(const RowStep& row, int k, int64_t unit, V value) {
+    if (!d_unit_rows) return;
+    C* sum = unit_row(row.lane, row.b) + k * c_width + unit;
+    (V::load(sum) + value).store(sum);
+  }
+
+  // ---- around a Varied cell
+
+  Factors<V> factors_of(const Part& part, const RowStep& row, int64_t i, int64_t unit) const {
+    return varied.factors(part.lane * parts + part.index, row.lane, row.b,
+                          i - order.begin(part.block), unit);
+  }
+
+  void draw_zones(const Part& part, int64_t t, const Share& units, bool of_h, bool of_c) {
+    const int64_t index = part.lane * parts + part.index;
+    for (int64_t i = order.begin(part.block); i < order.active_end(part.block, t); ++i) {
+      const int64_t at = i - order.begin(part.block), b = order.row(i);
+      if (of_h) varied.draw_zone_h(index, part.lane, b, t, at, units);
+      if (of_c && Cell::has_c) varied.draw_zone_c(index, part.lane, b, t, at, units);
+    }
+  }
+
+  // ---- through normalisations
+
+  C statistic(const RowStep& row, int which) const {
+    return static_cast<const C*>(
+        p.statistics)[((row.t * p.L + row.lane) * p.B + row.b) * 3 + which];
+  }
+  // Of c: the gradients of gate o, of c~ by itself, and of the normalised c.
+  C* passing_c_row(int which, int64_t lane, int64_t i) const {
+    return passing_c + ((which * p.L + lane) * p.B + i) * c_width;
+  }
+  // Of normalised input (or joint) gates and of hidden ones.
+  C* passing_gates_row(int which, int g, int64_t lane, int64_t i) const {
+    return passing_gates + (((which * Cell::gates + g) * p.L + lane) * p.B + i) * c_width;
+  }
+  V weight_of(const NormWeights<const void*>& of, int64_t at, int64_t n) const {
+    return Memory<V>::load(static_cast<const S*>(of.weight) + at, n);
+  }
+
+  HOST_DEVICE void hidden_half(const RowStep& row, int64_t i, int64_t unit, int64_t n, V d_h,
+                               const void* weight_ch, V* d_weight_ch, const Factors<V>& factors) {
+    const auto& ln_of_c = p.weights[row.lane].ln_c;
+    const V normal = saved_value<S, V>(p, row, unit, n, saved_values<Cell>(p).c);
+    V d_c, d_gate_o, d_inside;
+    backward_h_units<Cell, S>(p, row, unit, n, d_h, weight_ch, affine<S>(normal, ln_of_c, unit, n),
+                              c_row(row.lane, i) + unit, d_c, d_gate_o, d_inside, d_weight_ch,
+                              factors);
+    if constexpr (Cell::unit_weights > 0)
+      add_unit(row, Cell::unit_weights - 1, unit, d_weight_ch[Cell::unit_weights - 1]);
+    add_unit(row, ln_c(), unit, d_inside * normal);
+    add_unit(row, ln_c() + 1, unit, d_inside);
+    d_gate_o.store(passing_c_row(0, row.lane, i) + unit);
+    d_c.store(passing_c_row(1, row.lane, i) + unit);
+    (d_inside * weight_of(ln_of_c, unit, n)).store(passing_c_row(2, row.lane, i) + unit);
+  }
+
+  // This member's share of units where a row has been finished.
+  Share share_of_units(const Part& part) const {
+    const Share vectors(c_width / V::size, part.member, division.members);
+    return {vectors.begin * V::size, vectors.end * V::size};
+  }
+
+  void c_phase(const Part& part, int64_t step) {
+    const int64_t lane = part.lane, t = time_of_step(p, lane, p.T - 1 - step);
+    const Share units = share_of_units(part);
+    for (int64_t i = order.begin(part.block); i < order.active_end(part.block, t); ++i) {
+      const RowStep row = row_step(p, lane, order.row(i), t);
+      const C* d_normal = passing_c_row(2, lane, i);
+      const auto normal = [&](int64_t unit, int) {
+        return saved_value<S, V>(p, row, unit, p.H - unit, saved_values<Cell>(p).c);
+      };
+      const NormGradient<C> through =
+          norm_gradient<C, 1>(p.H, statistic(row, 2), normal,
+                              [&](int64_t unit, int) { return V::load(d_normal + unit); });
+      for (int64_t unit = units.begin; unit < units.end; unit += V::size) {
+        const int64_t n = p.H - unit;
+        V d_gates[Cell::gates], d_weight_ch[Cell::unit_weights > 0 ? Cell::unit_weights : 1];
+        d_gates[Cell::O] = V::load(passing_c_row(0, lane, i) + unit);
+        const V d_c = V::load(passing_c_row(1, lane, i) + unit) +
+                      through.at(V::load(d_normal + unit), normal(unit, 0));
+        backward_c_units<Cell, S>(p, row, unit, n, d_c, p.weights[lane].weight_ch,
+                                  c_row(lane, i) + unit, d_gates, d_weight_ch);
+        for (int k = 0; k < Cell::unit_weights - 1; ++k) add_unit(row, k, unit, d_weight_ch[k]);
+        pass_gates(row, i, unit, n, d_gates, d_gates);
+      }
+    }
+  }
+
+  // Gradients of the gates that a cell saw: those of weight and bias, and of the normalised gates.
+  HOST_DEVICE void pass_gates(const RowStep& row, int64_t i, int64_t unit, int64_t n,
+                              const V* d_input_gates, const V* d_hidden_gates) {
+    const auto& w = p.weights[row.lane];
+    const SavedValues places = saved_values<Cell>(p);
+    // Joint gates have stood for the hidden ones.
+    pass_gates_of(row, 0, i, unit, n, norm == LayerNorm::joint ? d_hidden_gates : d_input_gates,
+                  w.ln_input, places.input, ln_input());
+    if (norm == LayerNorm::separate)
+      pass_gates_of(row, 1, i, unit, n, d_hidden_gates, w.ln_hidden, places.hidden, ln_hidden());
+  }
+
+  HOST_DEVICE void pass_gates_of(const RowStep& row, int which, int64_t i, int64_t unit, int64_t n,
+                                 const V* d_gates, const NormWeights<const void*>& of,
+                                 int64_t place, int k) {
+    for (int g = 0; g < Cell::gates; ++g) {
+      const V normal = saved_value<S, V>(p, row, unit, n, place + g);
+      add_unit(row, k + g, unit, d_gates[g] * normal);
+      add_unit(row, k + Cell::gates + g, unit, d_gates[g]);
+      (d_gates[g] * weight_of(of, g * p.H + unit, n))
+          .store(passing_gates_row(which, g, row.lane, i) + unit);
+    }
+  }
+
+  void gates_phase(const Part& part, int64_t chunk, int64_t step) {
+    const int64_t lane = part.lane, t = time_of_step(p, lane, p.T - 1 - step);
+    const Share units = share_of_units(part);
+    const SavedValues places = saved_values<Cell>(p);
+    for (int64_t i = order.begin(part.block); i < order.active_end(part.block, t); ++i) {
+      const RowStep row = row_step(p, lane, order.row(i), t);
+      const auto normal = [&](int which) {
+        return [&, first = which ? places.hidden : places.input](int64_t unit, int g) {
+          return saved_value<S, V>(p, row, unit, p.H - unit, first + g);
+        };
+      };
+      const auto d_normal = [&](int which) {
+        return [&, which](int64_t unit, int g) {
+          return V::load(passing_gates_row(which, g, lane, i) + unit);
+        };
+      };
+      const bool both = norm == LayerNorm::separate;
+      const auto input =
+          norm_gradient<C, Cell::gates>(p.H, statistic(row, 0), normal(0), d_normal(0));
+      const auto hidden =
+          both ? norm_gradient<C, Cell::gates>(p.H, statistic(row, 1), normal(1), d_normal(1))
+               : input;
+      const int64_t chunk_row = row_of_chunk(part, chunk, t, i);
+      for (int64_t unit = units.begin; unit < units.end; unit += V::size) {
+        V d_input_gates[Cell::gates], d_hidden_gates[Cell::gates];
+        for (int g = 0; g < Cell::gates; ++g) {
+          d_input_gates[g] = input.at(d_normal(0)(unit, g), normal(0)(unit, g));
+          d_hidden_gates[g] =
+              both ? hidden.at(d_normal(1)(unit, g), normal(1)(unit, g)) : d_input_gates[g];
+        }
+        keep_gates(row, step, i, chunk_row, unit, p.H - unit, d_input_gates, d_hidden_gates);
+      }
     }
   }
 
@@ -332,6 +539,7 @@ class Backward {
     if (!p.d_hx) return;
     const int64_t lane = part.lane, begin = order.begin(part.block), end = order.end(part.block);
     const auto store_d_hx = [&](int64_t i, int64_t unit, int64_t n, V product) {
+      if constexpr (is_varied<Cell>) product = product * varied.keep(lane, order.row(i), unit);
       const V d_h = product + V::load(h_row(lane, i) + unit);
       Memory<V>::store(d_h, state_at<S>(p.d_hx, p.B, p.P, lane, order.row(i)) + unit, n);
     };
@@ -378,9 +586,18 @@ class Backward {
         const int64_t column = i * V::size, here = gradient[g].columns - column;
         Value* to =
             columns_of(gradient[g], lane, i / column_vectors) + i % column_vectors * vector_values;
-        pack_rows<E>(rows, here, to, column_vectors * vector_values, [&](int64_t k) {
+        alignas(64) S dropped[E::depth][V::size];
+        pack_rows<E>(rows, here, to, column_vectors * vector_values, [&](int64_t k) -> const S* {
           const S* row = here > 0 ? multiplied_row(g, lane, place[k]) : nullptr;
-          return row ? row + column : nullptr;
+          if (!row) return nullptr;
+          if constexpr (is_varied<Cell>)
+            if (g == 1 && varied.has_keep()) {
+              S* const kept = dropped[k % E::depth];
+              const V h = Memory<V>::load(row + column, here);
+              Memory<V>::store(h * varied.keep(lane, place[k].b, column), kept, V::size);
+              return kept;
+            }
+          return row + column;
         });
       }
     }
@@ -409,7 +626,7 @@ class Backward {
   void multiply(const Part& part, int64_t chunk) {
     const int64_t rows = rows_of(part.lane, chunk);
     if (p.d_input) multiply_d_input(part, rows);
-    if (d_weight_ch_rows) add_weight_ch(part, rows);
+    if (d_unit_rows) add_unit_rows(part);
     for (int g = 0; g < gradient_count; ++g) {
       if (packs_strips(g)) pack_strips(part, gradient[g], rows);
       multiply_strips(part, g, rows, chunk == 0);
@@ -460,16 +677,20 @@ class Backward {
     }
   }
 
-  // The parts of weight_ch's gradient, which cell_units left, by this part's share of its columns.
-  void add_weight_ch(const Part& part, int64_t rows) {
+  // The sums of all rows of the batch, by this part's share of their columns; rows begin anew.
+  void add_unit_rows(const Part& part) {
     const int64_t width = unit_weights_width();
-    const C* from = d_weight_ch_rows + part.lane * chunks.capacity * width;
     const Share vectors(width / V::size, part.index, parts);
-    for (int64_t i = vectors.begin * V::size; i < vectors.end * V::size; i += V::size) {
-      C* sums = d_weight_ch_sums + part.lane * width + i;
+    for (int64_t i = vectors.begin * V::size; i < vectors.end * V::size; i += V::size)
       add_in_parts(
-          rows, [&](int64_t row, V sum) { return sum + V::load(from + row * width + i); }, sums);
-    }
+          p.B,
+          [&](int64_t b, V sum) {
+            C* row = unit_row(part.lane, b) + i;
+            sum = sum + V::load(row);
+            V(0).store(row);
+            return sum;
+          },
+          d_unit_sums + part.lane * width + i);
   }
 
   // sums += what `add` adds up over 0..count, in partial sums, so that rounding does not pile up.
@@ -535,14 +756,19 @@ class Backward {
 
   void store_gradients(const Part& part) {
     const int64_t lane = part.lane;
-    if (d_weight_ch_sums) {
-      const Share vectors(c_width / V::size, part.index, parts);
-      S* to = static_cast<S*>(p.d_weights[lane].weight_ch);
-      for (int k = 0; k < Cell::unit_weights; ++k)
-        for (int64_t unit = vectors.begin * V::size; unit < vectors.end * V::size; unit += V::size)
-          Memory<V>::store(
-              V::load(d_weight_ch_sums + lane * unit_weights_width() + k * c_width + unit),
-              to + k * p.H + unit, p.H - unit);
+    if (d_unit_sums) {
+      const auto& to = p.d_weights[lane];
+      store_unit_gradient(part, to.weight_ch, 0, Cell::unit_weights);
+      if (norm != LayerNorm::none) {
+        store_norm_gradient(part, to.ln_input, ln_input(), Cell::gates);
+        if constexpr (Cell::has_c) store_norm_gradient(part, to.ln_c, ln_c(), 1);
+      }
+      if (norm == LayerNorm::separate) {
+        store_norm_gradient(part, to.ln_hidden, ln_hidden(), Cell::gates);
+        // What is added to a normalised gate has one gradient, whatever it is called.
+        store_unit_gradient(part, to.bias_ih, ln_input() + Cell::gates, Cell::gates);
+        store_unit_gradient(part, to.bias_hh, ln_hidden() + Cell::gates, Cell::gates);
+      }
     }
     for (int g = 0; g < gradient_count; ++g) {
       const Gradient& of = gradient[g];
@@ -561,10 +787,26 @@ class Backward {
       S* const to[] = {static_cast<S*>(p.d_weights[lane].bias_ih),
                        static_cast<S*>(p.d_weights[lane].bias_hh)};
       for (int bias = 0; bias < 2; ++bias)
-        if (bias == g || !Cell::split_gates)
+        if (bias == g || !split_gates)
           for (int64_t i = begin; i < end; i += V::size)
             Memory<V>::store(V::load(sums + i), to[bias] + i, end - i);
     }
+  }
+
+  void store_norm_gradient(const Part& part, const NormWeights<void*>& to, int first, int count) {
+    store_unit_gradient(part, to.weight, first, count);
+    store_unit_gradient(part, to.bias, first + count, count);
+  }
+
+  // `count` weights of a unit from `first`, by this part's share of units.
+  void store_unit_gradient(const Part& part, void* to, int first, int count) {
+    if (!to) return;
+    const Share vectors(c_width / V::size, part.index, parts);
+    const C* sums = d_unit_sums + part.lane * unit_weights_width() + first * c_width;
+    for (int k = 0; k < count; ++k)
+      for (int64_t unit = vectors.begin * V::size; unit < vectors.end * V::size; unit += V::size)
+        Memory<V>::store(V::load(sums + k * c_width + unit), static_cast<S*>(to) + k * p.H + unit,
+                         p.H - unit);
   }
 
   // Lanes read the same input; each has left its gradient in a place of its own.
@@ -588,13 +830,16 @@ class Backward {
   const int64_t gate_rows;                    // G*H
   const int64_t gates_width, d_output_width;  // of rows that are multiplied
   const int64_t h_width, c_width;
-  const bool packed;  // whether weights are; a single row is multiplied faster without
+  const LayerNorm norm;
+  const bool split_gates;  // whether the gates of input and of h have gradients of their own
+  const bool packed;       // whether weights are; a single row is multiplied faster without
   PlainPanels hidden_panels, input_panels, projection_panels;
   const Division division;
   const int64_t parts;  // of a team
   const RowOrder order;
   const RowOrder everything;  // as if there were one block
   const Chunks chunks;
+  VariedFactors<C> varied;
   Gradient gradient[3] = {};  // of weight_ih, weight_hh, weight_hr
   const int gradient_count;
   Value* d_gates_state[2] = {};  // [lane][row in order][gates_width]
@@ -606,7 +851,9 @@ class Backward {
   Value* d_input_rows = nullptr;  // [lane][row of chunk][gates_width]
   Value* d_hidden_rows = nullptr;  // the same, or the same again if the cell splits its gates
   Value* d_output_rows = nullptr;  // [lane][row of chunk][d_output_width]
-  C* d_weight_ch_rows = nullptr;   // [lane][row of chunk][weight of a unit][c_width]
-  C* d_weight_ch_sums = nullptr;   // [lane][weight of a unit][c_width]
+  C* d_unit_rows = nullptr;        // [lane][row][weight of a unit][c_width]
+  C* d_unit_sums = nullptr;        // [lane][weight of a unit][c_width]
+  C* passing_c = nullptr;          // [of what][lane][row in order][c_width], under layer_norm
+  C* passing_gates = nullptr;      // [of what][gate][lane][row in order][c_width], likewise
   C* other_d_inputs = nullptr;     // [lane - 1][t][row][I]
 };

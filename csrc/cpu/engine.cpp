@@ -14,11 +14,12 @@ namespace fused_rnn {
   cpu::BackwardFn backward_function(cpu::CellId cell, DType d);  \
   cpu::AttentionForwardFn attention_forward_function(DType d);   \
   cpu::AttentionBackwardFn attention_backward_function(DType d); \
+  cpu::DropoutFn dropout_function(DType d);                      \
   double multiply_add_function(int64_t rounds);                  \
   }
 #define FUSED_RNN_FUNCTIONS(isa)                                                  \
   isa::forward_function, isa::backward_function, isa::attention_forward_function, \
-      isa::attention_backward_function, isa::multiply_add_function
+      isa::attention_backward_function, isa::dropout_function, isa::multiply_add_function
 FUSED_RNN_DECLARE(portable)
 #if defined(__x86_64__)
 FUSED_RNN_DECLARE(avx2)

@@ -22,8 +22,13 @@ using ForwardFn = void (*)(const LayerForwardParams&, const Host&);
 using BackwardFn = void (*)(const LayerBackwardParams&, const Host&);
 using AttentionForwardFn = void (*)(const AttentionForwardParams&, const Host&);
 using AttentionBackwardFn = void (*)(const AttentionBackwardParams&, const Host&);
+using DropoutFn = void (*)(const DropoutParams&, const Host&);
 
-enum class CellId : int;
+// A cell of cells.h, and whether options change the step around it.
+struct CellId {
+  int index;
+  bool varied;
+};
 
 // One compiled copy of the engine.
 struct InstructionSet {
@@ -33,6 +38,7 @@ struct InstructionSet {
   BackwardFn (*backward)(CellId cell, DType dtype);
   AttentionForwardFn (*attention_forward)(DType dtype);
   AttentionBackwardFn (*attention_backward)(DType dtype);
+  DropoutFn (*dropout)(DType dtype);
   double (*multiply_adds)(int64_t rounds);  // float32 operations done on this thread (peak.h)
 };
 

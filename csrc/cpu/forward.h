@@ -18,6 +18,10 @@
 // while they write their part of the other. Rows are dealt to blocks by falling length, so that the
 // rows still running at a timestep are the first ones of a block and finished rows cost nothing.
 //
+// Layer normalisation needs a row's gates of all units before its cells, and its new c of all units before
+// its h. So there a timestep has more phases: the product, which is kept, the gates, and in a cell with c
+// all that follows c. Every member works out the mean and deviation of whole rows for itself.
+//
 // Included inside the instruction set's namespace.
 
 // Vectors of units per gate in a panel: enough that a panel is at least two vectors wide.
@@ -43,6 +47,7 @@ class Forward {
         h_width(row_width<E>(p.P)),
         m_width(row_width<E>(p.H)),
         c_width(round_up(p.H, V::size)),
+        norm(is_varied<Cell> ? p.variation.layer_norm : LayerNorm::none),
         packed(p.T * p.B > 3),
         input_panels({p.H, p.I, p.H * p.I, p.I, 1}),
         hidden_panels({p.H, p.P, p.H * p.P, p.P, 1}),
@@ -50,7 +55,8 @@ class Forward {
         division(p, Cell::gates * p.H * (p.P + p.I), hidden_panels.count, sizeof(Value),
                  host.threads),
         order(p, division.blocks),
-        chunks(p, order, chunk_rows) {
+        chunks(p, order, chunk_rows),
+        varied(p, p.L * division.blocks * division.members, order.end(0)) {
     take_all(host, *this);
   }
 
@@ -73,7 +79,7 @@ class Forward {
   }
 
   void take_memory(Arena& arena) {
-    const bool with_bias = p.weights[0].bias_ih;
+    const bool with_bias = p.weights[0].bias_ih && norm != LayerNorm::separate;
     if (packed) {
       input_panels.take_memory(arena, p.L, with_bias);
       hidden_panels.take_memory(arena, p.L, with_bias);
@@ -86,6 +92,11 @@ class Forward {
     h_state[1] = arena.take<Value>(p.L * p.B * h_width);
     if (Cell::has_c) c_state = arena.take<C>(p.L * p.B * c_width);
     if (p.projected) m_state = arena.take<Value>(p.L * p.B * m_width);
+    if (is_varied<Cell>) varied.take_memory(arena);
+    if (norm != LayerNorm::none) {
+      hidden_gates = arena.take<C>(teams * order.end(0) * input_panels.count * row_size);
+      if (Cell::has_c) new_c = arena.take<C>(2 * p.L * p.B * c_width);
+    }
   }
 
  private:
@@ -93,7 +104,8 @@ class Forward {
     int64_t lane, block, member, team;
   };
 
-  int64_t phases_per_step() const { return p.projected ? 2 : 1; }
+  int64_t norm_phases() const { return norm == LayerNorm::none ? 0 : 1 + Cell::has_c; }
+  int64_t phases_per_step() const { return 1 + norm_phases() + p.projected; }
   int64_t phases_per_chunk() const { return 1 + chunks.steps * phases_per_step(); }
 
   Value* h_row(int64_t buffer, int64_t lane, int64_t i) const {
@@ -132,10 +144,20 @@ class Forward {
     const int64_t step = chunk * chunks.steps + phase / phases_per_step();
     if (step >= p.T) return;
     if (phase == 0) multiply_input(part, chunk);
-    if (phase % phases_per_step() == 0)
-      cell_phase(part, chunk, step);
-    else
-      projection_phase(part, step);
+    switch (phase % phases_per_step()) {
+      case 0:
+        return cell_phase(part, chunk, step);
+      case 1:
+        if constexpr (is_varied<Cell>)
+          if (norm != LayerNorm::none) return gates_phase(part, chunk, step);
+        return projection_phase(part, step);
+      case 2:
+        if constexpr (is_varied<Cell> && Cell::has_c)
+          if (norm != LayerNorm::none) return hidden_phase(part, step);
+        [[fallthrough]];
+      default:
+        return projection_phase(part, step);
+    }
   }
 
   // Every member loads a share of the rows, whole.
@@ -148,9 +170,11 @@ class Forward {
       memset(h_row(0, lane, i), 0, h_width * sizeof(Value));
       memset(h_row(1, lane, i), 0, h_width * sizeof(Value));
       if (p.projected) memset(m_row(lane, i), 0, m_width * sizeof(Value));
+      if constexpr (is_varied<Cell>) varied.draw_keep(lane, b);
       for (int64_t unit = 0; unit < p.P; unit += V::size) {
         const int64_t n = p.P - unit;
-        const V h = initial_state<S, V>(p, p.hx, p.h_n, p.P, lane, b, unit, n);
+        V h = initial_state<S, V>(p, p.hx, p.h_n, p.P, lane, b, unit, n);
+        if constexpr (is_varied<Cell>) h = h * varied.keep(lane, b, unit);
         Memory<V>::store(h, h_row(0, lane, i) + unit, n);
         Memory<V>::store(h, h_row(1, lane, i) + unit, n);
       }
@@ -179,16 +203,16 @@ class Forward {
   template <class Each>
   HOST_DEVICE void multiply(const GatePanels& panels, const void* weights, const void* bias,
                             const Part& part, bool backwards, const Rows<E>& rows, C* out,
-                            const Each& each) {
+                            int64_t out_stride, const Each& each) {
     const Share share(panels.count, part.member, division.members);
-    const int64_t out_stride = chunks.capacity * row_size;
     if (packed)
       return panels.multiply(part.lane, share, backwards, rows, panels.k, out, out_stride, each);
     alignas(64) C buffer[row_size];
     for (int64_t i = share.begin; i < share.end; ++i)
       for (int64_t r = 0; r < rows.count; ++r) {
         C* tile = out ? out + i * out_stride + r * row_size : buffer;
-        panels.multiply_unpacked(i, as_s(weights), as_s(bias),
+        panels.multiply_unpacked(i, as_s(weights),
+                                 norm == LayerNorm::separate ? nullptr : as_s(bias),
                                  rows.values + r * rows.stride * E::depth, tile);
         each(i, r, 1, tile);
       }
@@ -199,7 +223,8 @@ class Forward {
     const auto& w = p.weights[part.lane];
     multiply(input_panels, w.weight_ih, w.bias_ih, part, false,
              {input_row(part, 0), x_width / E::depth, chunks.rows(part.block, times)},
-             gates_of_panel(part, 0), [](int64_t, int64_t, int, const C*) {});
+             gates_of_panel(part, 0), chunks.capacity * row_size,
+             [](int64_t, int64_t, int, const C*) {});
   }
 
   void cell_phase(const Part& part, int64_t chunk, int64_t step) {
@@ -208,22 +233,29 @@ class Forward {
     const int64_t begin = order.begin(part.block);
     const int64_t chunk_row = chunks.row(part.block, times, t, begin);
     const auto& w = p.weights[lane];
+    const int64_t rows = order.active_end(part.block, t) - begin;
     // There and back again, so that the panels used last are still in the cache.
-    multiply(
-        hidden_panels, w.weight_hh, w.bias_hh, part, step & 1,
-        {h_row(step, lane, begin), h_width / E::depth, order.active_end(part.block, t) - begin},
-        nullptr, [&](int64_t i, int64_t first, int height, const C* tile) {
-          const C* inputs = gates_of_panel(part, i) + (chunk_row + first) * row_size;
-          for (int r = 0; r < height; ++r) {
-            const int64_t at = begin + first + r;
-            cell_row(row_step(p, lane, order.row(at), t), at, step, i * GatePanels::units_each,
-                     inputs + r * row_size, tile + r * row_size);
-          }
-        });
+    const auto product = [&](C* out, const auto& each) {
+      multiply(hidden_panels, w.weight_hh, w.bias_hh, part, step & 1,
+               {h_row(step, lane, begin), h_width / E::depth, rows}, out, hidden_stride(), each);
+    };
+    if constexpr (is_varied<Cell>) {
+      if (norm != LayerNorm::none)
+        return product(hidden_of_panel(part, 0), [](int64_t, int64_t, int, const C*) {});
+      draw_zones(part, t, units_of_panels(part), !p.projected);
+    }
+    product(nullptr, [&](int64_t i, int64_t first, int height, const C* tile) {
+      const C* inputs = gates_of_panel(part, i) + (chunk_row + first) * row_size;
+      for (int r = 0; r < height; ++r) {
+        const int64_t at = begin + first + r;
+        cell_row(part, row_step(p, lane, order.row(at), t), at, step, i * GatePanels::units_each,
+                 inputs + r * row_size, tile + r * row_size);
+      }
+    });
   }
 
-  HOST_DEVICE void cell_row(const RowStep& row, int64_t i, int64_t step, int64_t first_unit,
-                            const C* inputs, const C* tile) {
+  HOST_DEVICE void cell_row(const Part& part, const RowStep& row, int64_t i, int64_t step,
+                            int64_t first_unit, const C* inputs, const C* tile) {
     for (int v = 0; v < per_gate; ++v) {
       const int64_t unit = first_unit + v * V::size;
       if (unit >= p.H) break;
@@ -232,38 +264,194 @@ class Forward {
         from_input[g] = V::load(inputs + (g * per_gate + v) * V::size);
         from_hidden[g] = V::load(tile + (g * per_gate + v) * V::size);
       }
-      forward_units<Cell, S>(
-          p, row, unit, p.H - unit, from_input, from_hidden, p.weights[row.lane].weight_ch,
-          h_row(step, row.lane, i) + unit, Cell::has_c ? c_row(row.lane, i) + unit : nullptr,
-          p.projected ? m_row(row.lane, i) + unit : h_row(step + 1, row.lane, i) + unit);
+      cell_units(part, row, i, step, unit, from_input, from_hidden);
     }
+  }
+
+  HOST_DEVICE void cell_units(const Part& part, const RowStep& row, int64_t i, int64_t step,
+                              int64_t unit, const V* from_input, const V* from_hidden) {
+    Factors<V> factors;
+    if constexpr (is_varied<Cell>) factors = factors_of(part, row, i, unit);
+    forward_units<Cell, S>(p, row, unit, p.H - unit, from_input, from_hidden,
+                           p.weights[row.lane].weight_ch, h_row(step, row.lane, i) + unit,
+                           Cell::has_c ? c_row(row.lane, i) + unit : nullptr,
+                           next_row(step, row.lane, i) + unit, factors);
+  }
+
+  // Where a cell leaves its h.
+  Value* next_row(int64_t step, int64_t lane, int64_t i) const {
+    return p.projected ? m_row(lane, i) : h_row(step + 1, lane, i);
+  }
+
+  // ---- around a Varied cell
+
+  Factors<V> factors_of(const Part& part, const RowStep& row, int64_t i, int64_t unit) const {
+    return varied.factors(part.team * division.members + part.member, row.lane, row.b,
+                          i - order.begin(part.block), unit);
+  }
+
+  // Units of this member's share of the gates' panels.
+  Share units_of_panels(const Part& part) const {
+    const Share panels(hidden_panels.count, part.member, division.members);
+    return {panels.begin * GatePanels::units_each, panels.end * GatePanels::units_each};
+  }
+
+  void draw_zones(const Part& part, int64_t t, const Share& units, bool of_h) {
+    const int64_t index = part.team * division.members + part.member;
+    for (int64_t i = order.begin(part.block); i < order.active_end(part.block, t); ++i) {
+      const int64_t at = i - order.begin(part.block), b = order.row(i);
+      if (of_h) varied.draw_zone_h(index, part.lane, b, t, at, units);
+      if (Cell::has_c) varied.draw_zone_c(index, part.lane, b, t, at, units);
+    }
+  }
+
+  int64_t hidden_stride() const { return order.end(0) * row_size; }
+  C* hidden_of_panel(const Part& part, int64_t panel) const {
+    return hidden_gates + (part.team * input_panels.count + panel) * hidden_stride();
+  }
+  // c~, and gate o before its activation.
+  C* new_c_row(int which, int64_t lane, int64_t i) const {
+    return new_c + ((which * p.L + lane) * p.B + i) * c_width;
+  }
+
+  // A row's gates of all units, as the products leave them: gate g of the V from unit.
+  struct GatesRow {
+    const C* data;
+    int64_t panel_stride;
+    HOST_DEVICE V at(int64_t unit, int g) const {
+      return V::load(data + unit / GatePanels::units_each * panel_stride +
+                     (g * per_gate + unit % GatePanels::units_each / V::size) * V::size);
+    }
+  };
+
+  // The cells of rows whose products are there.
+  void gates_phase(const Part& part, int64_t chunk, int64_t step) {
+    const int64_t lane = part.lane, t = time_of_step(p, lane, step);
+    const auto times = chunks.times(is_reverse(p, lane), chunk);
+    const int64_t begin = order.begin(part.block), end = order.active_end(part.block, t);
+    const int64_t chunk_row = chunks.row(part.block, times, t, begin);
+    const auto& w = p.weights[lane];
+    const Share units = units_of_panels(part);
+    const SavedValues places = saved_values<Cell>(p);
+    if (!Cell::has_c) draw_zones(part, t, units, true);
+    for (int64_t i = begin; i < end; ++i) {
+      const RowStep row = row_step(p, lane, order.row(i), t);
+      const GatesRow inputs{gates_of_panel(part, 0) + (chunk_row + i - begin) * row_size,
+                            chunks.capacity * row_size};
+      const GatesRow hiddens{hidden_of_panel(part, 0) + (i - begin) * row_size, hidden_stride()};
+      const bool joint = norm == LayerNorm::joint;
+      const auto of_input = [&](int64_t unit, int g) {
+        return joint ? inputs.at(unit, g) + hiddens.at(unit, g) : inputs.at(unit, g);
+      };
+      const auto of_hidden = [&](int64_t unit, int g) { return hiddens.at(unit, g); };
+      const Moments<C> input = moments<C, Cell::gates>(p.H, of_input);
+      const Moments<C> hidden = joint ? input : moments<C, Cell::gates>(p.H, of_hidden);
+      if (part.member == 0) {
+        store_statistic(row, 0, input);
+        store_statistic(row, 1, hidden);
+      }
+      for (int64_t unit = units.begin; unit < units.end && unit < p.H; unit += V::size) {
+        const int64_t n = p.H - unit;
+        V normal[2][Cell::gates], from_input[Cell::gates], from_hidden[Cell::gates];
+        for (int g = 0; g < Cell::gates; ++g) {
+          const int64_t at = g * p.H + unit;
+          normal[0][g] = input.normalise(of_input(unit, g));
+          const V first = affine<S>(normal[0][g], w.ln_input, at, n);
+          from_input[g] = joint ? V(0) : first + load_or_zero_at(w.bias_ih, at, n);
+          if (joint) {
+            from_hidden[g] = first;
+            continue;
+          }
+          normal[1][g] = hidden.normalise(of_hidden(unit, g));
+          from_hidden[g] =
+              affine<S>(normal[1][g], w.ln_hidden, at, n) + load_or_zero_at(w.bias_hh, at, n);
+        }
+        save_values<S>(p, row, unit, n, normal[0], places.input, Cell::gates);
+        if (!joint) save_values<S>(p, row, unit, n, normal[1], places.hidden, Cell::gates);
+        if constexpr (Cell::has_c) {
+          V c, gate_o;
+          forward_c_units<Cell, S>(p, row, unit, n, from_input, from_hidden, w.weight_ch,
+                                   c_row(lane, i) + unit, c, gate_o);
+          c.store(new_c_row(0, lane, i) + unit);
+          gate_o.store(new_c_row(1, lane, i) + unit);
+        } else {
+          cell_units(part, row, i, step, unit, from_input, from_hidden);
+        }
+      }
+    }
+  }
+
+  // What follows a normalised c.
+  void hidden_phase(const Part& part, int64_t step) {
+    const int64_t lane = part.lane, t = time_of_step(p, lane, step);
+    const auto& w = p.weights[lane];
+    const Share units = units_of_panels(part);
+    draw_zones(part, t, units, !p.projected);
+    for (int64_t i = order.begin(part.block); i < order.active_end(part.block, t); ++i) {
+      const RowStep row = row_step(p, lane, order.row(i), t);
+      const C* cells = new_c_row(0, lane, i);
+      const Moments<C> of_c =
+          moments<C, 1>(p.H, [&](int64_t unit, int) { return V::load(cells + unit); });
+      if (part.member == 0) store_statistic(row, 2, of_c);
+      for (int64_t unit = units.begin; unit < units.end && unit < p.H; unit += V::size) {
+        const int64_t n = p.H - unit;
+        const V c = V::load(cells + unit), normal = of_c.normalise(c);
+        forward_h_units<Cell, S>(p, row, unit, n, c, normal, affine<S>(normal, w.ln_c, unit, n),
+                                 V::load(new_c_row(1, lane, i) + unit), w.weight_ch,
+                                 c_row(lane, i) + unit, next_row(step, lane, i) + unit,
+                                 factors_of(part, row, i, unit));
+      }
+    }
+  }
+
+  V load_or_zero_at(const void* from, int64_t at, int64_t n) const {
+    return load_or_zero<V>(from ? as_s(from) + at : nullptr, n);
+  }
+
+  void store_statistic(const RowStep& row, int which, const Moments<C>& of) const {
+    if (p.statistics)
+      static_cast<C*>(p.statistics)[((row.t * p.L + row.lane) * p.B + row.b) * 3 + which] =
+          of.scale;
   }
 
   void projection_phase(const Part& part, int64_t step) {
     const int64_t lane = part.lane, t = time_of_step(p, lane, step);
     const int64_t begin = order.begin(part.block);
+    const Share panels(projection_panels.count, part.member, division.members);
+    if constexpr (is_varied<Cell>)
+      for (int64_t i = begin; i < order.active_end(part.block, t); ++i)
+        varied.draw_zone_h(
+            part.team * division.members + part.member, lane, order.row(i), t, i - begin,
+            {panels.begin * PlainPanels::units_each, panels.end * PlainPanels::units_each});
     projection_panels.multiply_units(
-        lane, Share(projection_panels.count, part.member, division.members), false,
+        lane, panels, false,
         {m_row(lane, begin), m_width / E::depth, order.active_end(part.block, t) - begin}, p.H,
         [&](int64_t r, int64_t unit, int64_t n, V h) {
-          emit_hidden<S>(p, row_step(p, lane, order.row(begin + r), t), unit, n, h,
-                         h_row(step + 1, lane, begin + r) + unit);
+          const RowStep row = row_step(p, lane, order.row(begin + r), t);
+          Factors<V> factors;
+          if constexpr (is_varied<Cell>) factors = factors_of(part, row, begin + r, unit);
+          emit_hidden<is_varied<Cell>, S>(p, row, unit, n, h,
+                                          h_row(step + 1, lane, begin + r) + unit, factors);
         });
   }
 
   const LayerForwardParams& p;
   const Host& host;
   const int64_t x_width, h_width, m_width, c_width;
+  const LayerNorm norm;
   const bool packed;  // whether weights are; a few rows are multiplied faster without
   GatePanels input_panels, hidden_panels;
   PlainPanels projection_panels;
   const Division division;
   const RowOrder order;
   const Chunks chunks;
+  VariedFactors<C> varied;
   Value* input_rows = nullptr;  // [team][row of chunk][x_width]
   C* input_gates = nullptr;     // [team][panel][row of chunk][gate][unit of panel]
   Value* h_state[2] =
       {};  // [lane][row in order][h_width]: what the next product reads, and the other
-  C* c_state = nullptr;      // [lane][row in order][c_width]
-  Value* m_state = nullptr;  // [lane][row in order][m_width]: h before the projection
+  C* c_state = nullptr;       // [lane][row in order][c_width]
+  Value* m_state = nullptr;   // [lane][row in order][m_width]: h before the projection
+  C* hidden_gates = nullptr;  // [team][panel][row of block][gate][unit of panel], under layer_norm
+  C* new_c = nullptr;         // [c~, gate o][lane][row in order][c_width], likewise
 };

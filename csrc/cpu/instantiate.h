@@ -24,6 +24,7 @@ cpu::ForwardFn forward_function(cpu::CellId cell, DType dtype);
 cpu::BackwardFn backward_function(cpu::CellId cell, DType dtype);
 cpu::AttentionForwardFn attention_forward_function(DType dtype);
 cpu::AttentionBackwardFn attention_backward_function(DType dtype);
+cpu::DropoutFn dropout_function(DType dtype);
 }  // namespace FUSED_RNN_ELSE
 #endif
 
@@ -34,6 +35,7 @@ using cpu::BackwardFn;
 using cpu::CellId;
 using cpu::Chunks;
 using cpu::Division;
+using cpu::DropoutFn;
 using cpu::ForwardFn;
 using cpu::Host;
 using cpu::Parts;
@@ -42,6 +44,8 @@ using cpu::run_phases;
 
 #include "scratch.h"
 #include "simd.h"
+#include "random.h"
+#include "varied.h"
 #include "product.h"
 #include "forward.h"
 #include "backward.h"
@@ -60,17 +64,16 @@ void backward(const LayerBackwardParams& p, const Host& host) {
 // The functions of a storage type, by cell.
 template <class S>
 ForwardFn forward_of(CellId cell) {
-#define FUSED_RNN_FORWARD(name, cell) forward<cell, S>,
-  static constexpr ForwardFn table[] = {FUSED_RNN_FOR_EACH_CELL(FUSED_RNN_FORWARD)};
-  return table[static_cast<int>(cell)];
+#define FUSED_RNN_FORWARD(name, cell) {forward<cell, S>, forward<Varied<cell>, S>},
+  static constexpr ForwardFn table[][2] = {FUSED_RNN_FOR_EACH_CELL(FUSED_RNN_FORWARD)};
+  return table[cell.index][cell.varied];
 }
 template <class S>
 BackwardFn backward_of(CellId cell) {
-#define FUSED_RNN_BACKWARD(name, cell) backward<cell, S>,
-  static constexpr BackwardFn table[] = {FUSED_RNN_FOR_EACH_CELL(FUSED_RNN_BACKWARD)};
-  return table[static_cast<int>(cell)];
+#define FUSED_RNN_BACKWARD(name, cell) {backward<cell, S>, backward<Varied<cell>, S>},
+  static constexpr BackwardFn table[][2] = {FUSED_RNN_FOR_EACH_CELL(FUSED_RNN_BACKWARD)};
+  return table[cell.index][cell.varied];
 }
-
 double multiply_add_function(int64_t rounds) { return multiply_adds(rounds); }
 
 #ifdef FUSED_RNN_ELSE
@@ -89,7 +92,22 @@ AttentionForwardFn attention_forward_function(DType dtype) {
 AttentionBackwardFn attention_backward_function(DType dtype) {
   return FUSED_RNN_ELSE::attention_backward_function(dtype);
 }
+DropoutFn dropout_function(DType dtype) { return FUSED_RNN_ELSE::dropout_function(dtype); }
 #else
+template <class S>
+void dropout(const DropoutParams& p, const Host& host) {
+  parallel(host, p.rows, p.rows * p.n > 65536, [&](int64_t begin, int64_t end) {
+    using V = Vector<Compute<S> >;
+    for (int64_t row = begin; row < end; ++row) {
+      const S* from = static_cast<const S*>(p.input) + row * p.n;
+      S* to = static_cast<S*>(p.output) + row * p.n;
+      dropout_factors<Compute<S> >(
+          p.seed, Stream::weight_dropout, row, p.n, p.p, [&](int64_t i, int64_t left, V factor) {
+            Memory<V>::store(Memory<V>::load(from + i, left) * factor, to + i, left);
+          });
+    }
+  });
+}
 template <class S>
 void attention_forward(const AttentionForwardParams& p, const Host& host) {
   AttentionForward<S>(p, host).run();
@@ -117,6 +135,10 @@ AttentionForwardFn attention_forward_function(DType dtype) {
 }
 AttentionBackwardFn attention_backward_function(DType dtype) {
   static constexpr AttentionBackwardFn table[] = FUSED_RNN_BY_DTYPE(attention_backward);
+  return table[static_cast<int>(dtype)];
+}
+DropoutFn dropout_function(DType dtype) {
+  static constexpr DropoutFn table[] = FUSED_RNN_BY_DTYPE(dropout);
   return table[static_cast<int>(dtype)];
 }
 #endif

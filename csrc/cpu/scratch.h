@@ -6,6 +6,7 @@ struct Share {
   const int64_t begin, end;
   Share(int64_t count, int64_t part, int64_t parts)
       : begin(count * part / parts), end(count * (part + 1) / parts) {}
+  Share(int64_t begin, int64_t end) : begin(begin), end(end) {}
 };
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) {

@@ -110,9 +110,9 @@ KERNEL void project_kernel(RecurrenceForwardParams p, ForwardState<S> state, int
   if (unit >= p.P) return;
   for (int64_t b = row_index(); b < p.B; b += row_stride())
     if (t < row_length(p, b))
-      emit_hidden<S>(p, row_step(p, lane, b, t), unit, 1,
-                     Memory<V>::load(at(state.projected, p.B, p.P, lane, b) + unit, 1),
-                     at(state.h, p.B, p.P, lane, b) + unit);
+      emit_hidden<false, S>(p, row_step(p, lane, b, t), unit, 1,
+                            Memory<V>::load(at(state.projected, p.B, p.P, lane, b) + unit, 1),
+                            at(state.h, p.B, p.P, lane, b) + unit);
 }
 
 template <class Cell, class S>
@@ -164,7 +164,7 @@ KERNEL void backward_kernel(RecurrenceBackwardParams p, BackwardState<S> state, 
   for (int64_t b = row_index(); b < p.B; b += row_stride()) {
     if (t >= row_length(p, b)) continue;
     const RowStep row = row_step(p, lane, b, t);
-    const V d_h = collect_d_hidden<S>(
+    const V d_h = collect_d_hidden<false, S>(
         p, row, unit, 1, Memory<V>::load(at(state.product, p.B, p.P, lane, b) + unit, 1),
         at(state.d_h, p.B, p.P, lane, b) + unit);
     if (p.projected) {
