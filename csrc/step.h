@@ -100,6 +100,18 @@ HOST_DEVICE SavedValues saved_values(const Shape& p) {
   return {p.variation.layer_norm, Cell::gates, Cell::saved, Cell::reads_h, Cell::has_c};
 }
 
+// The weights that a unit has for itself, one after the other where their gradients are summed: the
+// cell's, then weight and bias of input (or joint) gates, of hidden gates, and of c.
+struct UnitWeightPlaces {
+  int64_t ln_input, ln_hidden, ln_c, count;
+
+  HOST_DEVICE UnitWeightPlaces(LayerNorm norm, int64_t gates, int64_t unit_weights, bool has_c)
+      : ln_input(unit_weights),
+        ln_hidden(ln_input + (norm == LayerNorm::none ? 0 : 2 * gates)),
+        ln_c(ln_hidden + (norm == LayerNorm::separate ? 2 * gates : 0)),
+        count(ln_c + (norm != LayerNorm::none && has_c ? 2 : 0)) {}
+};
+
 // Rows of random numbers (philox.h): of zoneout at a step, and of recurrent dropout.
 HOST_DEVICE int64_t zone_row(const Shape& p, int64_t lane, int64_t b, int64_t t) {
   return (t * p.B + b) * p.L + lane;

@@ -116,19 +116,21 @@ class Layer(torch.autograd.Function):
         tensors, count = ctx.saved_tensors, len(needs)
         output, input = tensors[:2]
         states, weights = tensors[2:begin], tensors[begin:end]
-        *ragged, seed = tensors[end:count] or _NO_REST
+        lengths, batch_sizes, resets, seed = tensors[end:count] or _NO_REST
         # Compiled graphs hand over gradients even for outputs marked as having none.
         given = (*grads[: _wanted_results(cell, want_cells)], None, None)[:4]
         grad_output, grad_h_n, grad_c_n, grad_cells = given
         if grad_output is None and grad_h_n is None and grad_c_n is None and grad_cells is None:
             return (None,) * count
         if torch.is_grad_enabled():
-            return _differentiable_backward(ctx, given, input, states, weights, *ragged, seed)
+            return _differentiable_backward(
+                ctx, given, input, states, weights, lengths, batch_sizes, resets, seed
+            )
         need_input = needs[1]
         need_states, need_weights = True in needs[2:begin], True in needs[begin:]
         found = ops.backward_op(cell, variation is not None)(
-            *given, input, states, weights, has_biases, *ragged, lanes, directions, output,
-            tensors[count:], need_input, need_states, need_weights,
+            *given, input, states, weights, has_biases, lengths, batch_sizes, resets, lanes,
+            directions, output, tensors[count:], need_input, need_states, need_weights,
             *_last_arguments(variation, seed),
         )  # fmt: skip
         rest = (None,) * (count - end)

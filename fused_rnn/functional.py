@@ -175,13 +175,14 @@ def check_options(
         raise TypeError(f"layer_norm should be a bool or a str, got: {type(norm).__name__}")
     if norm not in ops.LAYER_NORMS:
         raise ValueError(f"layer_norm should be False, True, 'separate' or 'joint', got {norm!r}")
+    zones: tuple[float, float]
     if isinstance(zoneout, (tuple, list)):
         if not has_c or len(zoneout) != 2:
             raise ValueError(
-                "zoneout should be a probability or, for LSTM only, a pair of them for h and c, got "
-                f"{zoneout}"
+                "zoneout should be a probability or, for LSTM only, a pair of them for h and c, "
+                f"got {zoneout}"
             )
-        zones = tuple(zoneout)
+        zones = (zoneout[0], zoneout[1])
     else:
         zones = (zoneout, zoneout)
     given = {"recurrent_dropout": recurrent_dropout, "weight_dropout": weight_dropout}
@@ -193,7 +194,7 @@ def check_options(
     if not has_c:
         zones = (zones[0], 0.0)
     return Options(
-        ops.LAYER_NORMS.index(norm), tuple(map(float, zones)), float(recurrent_dropout),
+        ops.LAYER_NORMS.index(norm), (float(zones[0]), float(zones[1])), float(recurrent_dropout),
         float(weight_dropout),
     )  # fmt: skip
 

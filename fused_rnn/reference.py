@@ -500,7 +500,7 @@ def layer_factors(
     T, B, L = shape
     P, H = sizes
     if seed is None:
-        return [Factors(*(z or None for z in zoneout))] * L
+        return [Factors(zoneout[0] or None, zoneout[1] or None)] * L
 
     def zones(p: float, stream: int, n: int) -> list[Tensor | None]:
         if p == 0:
@@ -509,6 +509,6 @@ def layer_factors(
 
     keep: Sequence[Tensor | None] = [None] * L
     if recurrent_dropout > 0:
-        keep = dropout_factors(seed, RECURRENT_DROPOUT, (L, B, P), recurrent_dropout, like)
+        keep = dropout_factors(seed, RECURRENT_DROPOUT, (L, B, P), recurrent_dropout, like).unbind()
     lanes = zip(zones(zoneout[0], ZONEOUT_H, P), zones(zoneout[1], ZONEOUT_C, H), keep, strict=True)
     return [Factors(*lane) for lane in lanes]

@@ -72,6 +72,7 @@ class Backward {
         h_width(round_up(p.P, V::size)),
         c_width(round_up(p.H, V::size)),
         norm(is_varied<Cell> ? p.variation.layer_norm : LayerNorm::none),
+        own(norm, Cell::gates, Cell::unit_weights, Cell::has_c),
         split_gates(Cell::split_gates || norm == LayerNorm::separate),
         packed(p.T * p.B > 1),
         hidden_panels({p.P, gate_rows, 0, 1, p.P}, p.T > 1 || p.d_hx),
@@ -146,7 +147,7 @@ class Backward {
       gradient[i].take_memory(arena, p.L, word_count<E>(chunks.capacity),
                               packs_strips(i) ? nullptr : &gradient[0], !std::is_same_v<S, C>,
                               with_bias && i < 2 && packs_strips(i));
-    if (unit_weights() > 0 && p.d_weights) {
+    if (own.count > 0 && p.d_weights) {
       d_unit_rows = arena.take<C>(p.L * p.B * unit_weights_width());
       d_unit_sums = arena.take<C>(p.L * unit_weights_width());
     }
@@ -162,17 +163,7 @@ class Backward {
     int64_t t, b;
   };
 
-  // How many weights a unit has for itself, and where they are: those of the cell, weight and bias of
-  // input (or joint) gates, of hidden gates, of c.
-  int unit_weights() const {
-    return norm == LayerNorm::none ? Cell::unit_weights : ln_c() + 2 * Cell::has_c;
-  }
-  static constexpr int ln_input() { return Cell::unit_weights; }
-  static constexpr int ln_hidden() { return ln_input() + 2 * Cell::gates; }
-  int ln_c() const {
-    return norm == LayerNorm::separate ? ln_hidden() + 2 * Cell::gates : ln_hidden();
-  }
-  int64_t unit_weights_width() const { return unit_weights() * c_width; }
+  int64_t unit_weights_width() const { return own.count * c_width; }
 
   // Unless gates are split, the first two weights have the same d_gates.
   bool packs_strips(int g) const { return g != 1 || split_gates; }
@@ -385,7 +376,7 @@ class Backward {
   C* unit_row(int64_t lane, int64_t b) const {
     return d_unit_rows + (lane * p.B + b) * unit_weights_width();
   }
-  HOST_DEVICE void add_unit(const RowStep& row, int k, int64_t unit, V value) {
+  HOST_DEVICE void add_unit(const RowStep& row, int64_t k, int64_t unit, V value) {
     if (!d_unit_rows) return;
     C* sum = unit_row(row.lane, row.b) + k * c_width + unit;
     (V::load(sum) + value).store(sum);
@@ -435,8 +426,8 @@ class Backward {
                               factors);
     if constexpr (Cell::unit_weights > 0)
       add_unit(row, Cell::unit_weights - 1, unit, d_weight_ch[Cell::unit_weights - 1]);
-    add_unit(row, ln_c(), unit, d_inside * normal);
-    add_unit(row, ln_c() + 1, unit, d_inside);
+    add_unit(row, own.ln_c, unit, d_inside * normal);
+    add_unit(row, own.ln_c + 1, unit, d_inside);
     d_gate_o.store(passing_c_row(0, row.lane, i) + unit);
     d_c.store(passing_c_row(1, row.lane, i) + unit);
     (d_inside * weight_of(ln_of_c, unit, n)).store(passing_c_row(2, row.lane, i) + unit);
@@ -481,14 +472,14 @@ class Backward {
     const SavedValues places = saved_values<Cell>(p);
     // Joint gates have stood for the hidden ones.
     pass_gates_of(row, 0, i, unit, n, norm == LayerNorm::joint ? d_hidden_gates : d_input_gates,
-                  w.ln_input, places.input, ln_input());
+                  w.ln_input, places.input, own.ln_input);
     if (norm == LayerNorm::separate)
-      pass_gates_of(row, 1, i, unit, n, d_hidden_gates, w.ln_hidden, places.hidden, ln_hidden());
+      pass_gates_of(row, 1, i, unit, n, d_hidden_gates, w.ln_hidden, places.hidden, own.ln_hidden);
   }
 
   HOST_DEVICE void pass_gates_of(const RowStep& row, int which, int64_t i, int64_t unit, int64_t n,
                                  const V* d_gates, const NormWeights<const void*>& of,
-                                 int64_t place, int k) {
+                                 int64_t place, int64_t k) {
     for (int g = 0; g < Cell::gates; ++g) {
       const V normal = saved_value<S, V>(p, row, unit, n, place + g);
       add_unit(row, k + g, unit, d_gates[g] * normal);
@@ -760,14 +751,14 @@ class Backward {
       const auto& to = p.d_weights[lane];
       store_unit_gradient(part, to.weight_ch, 0, Cell::unit_weights);
       if (norm != LayerNorm::none) {
-        store_norm_gradient(part, to.ln_input, ln_input(), Cell::gates);
-        if constexpr (Cell::has_c) store_norm_gradient(part, to.ln_c, ln_c(), 1);
+        store_norm_gradient(part, to.ln_input, own.ln_input, Cell::gates);
+        if constexpr (Cell::has_c) store_norm_gradient(part, to.ln_c, own.ln_c, 1);
       }
       if (norm == LayerNorm::separate) {
-        store_norm_gradient(part, to.ln_hidden, ln_hidden(), Cell::gates);
+        store_norm_gradient(part, to.ln_hidden, own.ln_hidden, Cell::gates);
         // What is added to a normalised gate has one gradient, whatever it is called.
-        store_unit_gradient(part, to.bias_ih, ln_input() + Cell::gates, Cell::gates);
-        store_unit_gradient(part, to.bias_hh, ln_hidden() + Cell::gates, Cell::gates);
+        store_unit_gradient(part, to.bias_ih, own.ln_input + Cell::gates, Cell::gates);
+        store_unit_gradient(part, to.bias_hh, own.ln_hidden + Cell::gates, Cell::gates);
       }
     }
     for (int g = 0; g < gradient_count; ++g) {
@@ -793,13 +784,14 @@ class Backward {
     }
   }
 
-  void store_norm_gradient(const Part& part, const NormWeights<void*>& to, int first, int count) {
+  void store_norm_gradient(const Part& part, const NormWeights<void*>& to, int64_t first,
+                           int count) {
     store_unit_gradient(part, to.weight, first, count);
     store_unit_gradient(part, to.bias, first + count, count);
   }
 
   // `count` weights of a unit from `first`, by this part's share of units.
-  void store_unit_gradient(const Part& part, void* to, int first, int count) {
+  void store_unit_gradient(const Part& part, void* to, int64_t first, int count) {
     if (!to) return;
     const Share vectors(c_width / V::size, part.index, parts);
     const C* sums = d_unit_sums + part.lane * unit_weights_width() + first * c_width;
@@ -831,6 +823,7 @@ class Backward {
   const int64_t gates_width, d_output_width;  // of rows that are multiplied
   const int64_t h_width, c_width;
   const LayerNorm norm;
+  const UnitWeightPlaces own;
   const bool split_gates;  // whether the gates of input and of h have gradients of their own
   const bool packed;       // whether weights are; a single row is multiplied faster without
   PlainPanels hidden_panels, input_panels, projection_panels;
