@@ -92,10 +92,12 @@ def run(
 ) -> Named:
     """Outputs, and the gradient of input, hx, cx and every parameter (``grad_*``).
 
+    Whatever is drawn in the call, masks above all, is drawn from ``seed``.
+
     Args:
         call: what to run in place of ``layer`` itself, with layer's parameters.
         only: the outputs that receive a gradient; all of them by default.
-        seed: of the outputs' gradients.
+        seed: of the outputs' gradients, and of the call.
         options: passed to the call.
     """
 
@@ -109,7 +111,9 @@ def run(
         hx = tuple(map(leaf, hx)) if isinstance(hx, tuple) else leaf(hx)
         leaves.update(zip(("hx", "cx"), as_tuple(hx), strict=False))
     leaves.update(layer.named_parameters())
-    outputs = named_outputs((call or layer)(input, hx, **options))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        outputs = named_outputs((call or layer)(input, hx, **options))
     given = {k: g for k, g in cotangents(outputs, seed).items() if only is None or k in only}
     grads = torch.autograd.grad(
         [outputs[k] for k in given],
@@ -209,6 +213,49 @@ def layer_weights(layer: Any) -> list[list[Weights]]:
     return [[direction(f"l{k}{suffix}") for suffix in suffixes] for k in range(layer.num_layers)]
 
 
+def draw(layer: Any, T: int, B: int, like: Tensor) -> tuple[Any, Any]:
+    """What ``layer`` draws from torch's generator: its weights, some dropped, and its factors.
+
+    Both as ``reference.stacked`` takes them, drawn in the order in which the layer does.
+    """
+    weights = layer_weights(layer)
+    options = layer._options()
+    if options is None:
+        return weights, ()
+    D, H, P = len(weights[0]), layer.hidden_size, layer.proj_size or layer.hidden_size
+    # A normalisation takes all heads together, otherwise each is a lane of its own.
+    heads = 1 if options.layer_norm else layer.num_heads
+
+    def seed() -> int:
+        return int(torch.randint(2**62, ()))
+
+    def dropped(weight: Tensor) -> Tensor:
+        p = options.weight_dropout
+        stream = reference.WEIGHT_DROPOUT
+        return weight * reference.dropout_factors(seed(), stream, weight.shape, p, weight)
+
+    if layer.training and options.weight_dropout > 0:
+        weights = [[w._replace(weight_hh=dropped(w.weight_hh)) for w in lanes] for lanes in weights]
+    recurrent_dropout = options.recurrent_dropout if layer.training else 0.0
+    draws = layer.training and (any(options.zoneout) or recurrent_dropout > 0)
+    factors = []
+    for _ in weights:
+        lanes = reference.layer_factors(
+            (T, B, D * heads), (P // heads, H // heads), options.zoneout, recurrent_dropout,
+            seed() if draws else None, like,
+        )  # fmt: skip
+        factors.append([join_heads(lanes[d::D]) for d in range(D)])
+    return weights, factors
+
+
+def join_heads(lanes: Sequence[reference.Factors]) -> reference.Factors:
+    """The factors of a direction from those of its heads."""
+    kinds = zip(*lanes, strict=True)
+    return reference.Factors(
+        *(torch.cat(kind, -1) if isinstance(kind[0], Tensor) else kind[0] for kind in kinds)
+    )
+
+
 def by_reference(cell: str, layer: Any) -> Callable[..., Any]:
     """``layer`` run by the plain loops of ``reference.py``, called as the layer is."""
 
@@ -229,14 +276,16 @@ def by_reference(cell: str, layer: Any) -> Callable[..., Any]:
             zero = map(torch.zeros_like, as_tuple(zeros))
             hx = tuple(zero) if isinstance(zeros, tuple) else next(zero)
         h, c = (*as_tuple(hx), None)[:2]
+        weights, factors = draw(layer, *x.shape[:2], x)
         output, h_n, c_n, cells = reference.stacked(
             cell,
             x,
             h,
             c,
-            layer_weights(layer),
+            weights,
             lengths,
             None if resets is None else time_major(resets),
+            factors,
         )
         final = h_n if c_n is None else (h_n, c_n)
         return (time_major(output), final, *([time_major(cells)] if return_cells else []))

@@ -30,24 +30,53 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 I, H, T, B = 5, 18, 7, 4  # noqa: E741
 
-# The layer's class and its options: each alone, and the pairs.
-VARIANTS: list[tuple[str, dict[str, Any]]] = [
-    ("LSTM", {"peephole": True}),
-    ("LSTM", {"coupled": True}),
-    ("LSTM", {"peephole": True, "coupled": True}),
-    ("LSTM", {"num_heads": 3}),
-    ("LSTM", {"num_heads": 3, "peephole": True}),
-    ("LSTM", {"num_heads": 9, "coupled": True}),
-    ("RNN", {"num_heads": 3}),
+Variant = tuple[str, dict[str, Any]]
+
+EVERYWHERE: list[dict[str, Any]] = [
+    {"num_heads": 3},
+    {"layer_norm": True},
+    {"layer_norm": "joint"},
+    {"zoneout": 0.3},
+    {"recurrent_dropout": 0.4},
+    {"weight_dropout": 0.5},
+]
+OF_LSTM: list[dict[str, Any]] = [{"peephole": True}, {"coupled": True}, {"zoneout": (0.5, 0.2)}]
+
+# The layer's class and its options: each alone.
+VARIANTS: list[Variant] = [
+    *((name, options) for name in ("RNN", "LSTM", "GRU") for options in EVERYWHERE),
+    *(("LSTM", options) for options in OF_LSTM),
+    ("LSTM", {"zoneout": (0.0, 0.3)}),
     ("RNN", {"num_heads": 2, "nonlinearity": "relu"}),
-    ("GRU", {"num_heads": 3}),
+    ("RNN", {"layer_norm": True, "nonlinearity": "relu"}),
+    ("RNN", {"zoneout": 0.3, "nonlinearity": "relu"}),
     ("GRU", {"num_heads": 18}),
 ]
-every_variant = pytest.mark.parametrize(
-    "name, options",
-    VARIANTS,
-    ids=["-".join([name, *(f"{k}={v}" for k, v in o.items())]) for name, o in VARIANTS],
-)
+
+
+def pairs(name: str, options: list[dict[str, Any]]) -> list[Variant]:
+    """Any two options, and all of them at once."""
+    chosen: list[Variant] = [
+        (name, a | b) for a, b in itertools.combinations(options, 2) if not a.keys() & b.keys()
+    ]
+    everything = {k: v for option in options for k, v in option.items()}
+    return [*chosen, (name, everything), (name, everything | {"layer_norm": True})]
+
+
+PAIRS = [
+    *pairs("RNN", EVERYWHERE),
+    *pairs("GRU", EVERYWHERE),
+    *pairs("LSTM", [*EVERYWHERE, *OF_LSTM]),
+]
+
+
+def over(variants: list[Variant]) -> Any:
+    ids = ["-".join([name, *(f"{k}={v}" for k, v in o.items())]) for name, o in variants]
+    return pytest.mark.parametrize("name, options", variants, ids=ids)
+
+
+every_variant = over(VARIANTS)
+every_pair = over([*VARIANTS, *PAIRS])
 SHAPES: dict[str, dict[str, Any]] = {
     "plain": {},
     "stacked": {"num_layers": 2, "bidirectional": True, "batch_first": True},
@@ -57,14 +86,30 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def make(name: str, *sizes: int, **options: Any) -> Any:
-    return getattr(fused_rnn, name)(*(sizes or (I, H)), **options)
+    layer = getattr(fused_rnn, name)(*(sizes or (I, H)), **options)
+    with torch.no_grad():
+        for key, parameter in layer.named_parameters():
+            if key.startswith("ln_"):  # which begin as nothing
+                parameter.add_(torch.rand_like(parameter) - 0.5)
+    return layer
+
+
+def seeded(layer: Any) -> Any:
+    """``layer``, drawing the same at every call."""
+
+    def call(*given: Any, **options: Any) -> Any:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return layer(*given, **options)
+
+    return call
 
 
 def ragged() -> dict[str, Tensor]:
     return {"lengths": torch.tensor([T, 0, 3, 5]), "resets": torch.rand(T, B) < 0.3}
 
 
-@every_variant
+@every_pair
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("is_ragged", [False, True], ids=["dense", "ragged"])
 def test_equals_reference(name, options, shape, is_ragged):
@@ -72,6 +117,7 @@ def test_equals_reference(name, options, shape, is_ragged):
     if shape == "projected" and (name != "LSTM" or "num_heads" in options):
         pytest.skip("no projection")
     layer = make(name, dtype=torch.float64, **SHAPES[shape], **options)
+    layer.train(shape != "bare")
     arguments: dict[str, Any] = ragged() if is_ragged else {}
     arguments |= {"return_cells": True} if name == "LSTM" else {}
     x = dyadic(T, B, I)
@@ -84,7 +130,7 @@ def test_equals_reference(name, options, shape, is_ragged):
         assert_near(run(layer, x, hx, **arguments), expected)
 
 
-@every_variant
+@every_pair
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_tolerance_rule(name, options, dtype):
     layer = make(name, bidirectional=True, **options).to(dtype)
@@ -105,8 +151,8 @@ def test_packed_equals_lengths(name, options):
     lengths = torch.tensor([T, 5, 3, 1])
     x = dyadic(T, B, I)
     exists = torch.arange(T).unsqueeze(1) < lengths
-    padded, padded_final = layer(x, lengths=lengths)
-    packed, packed_final = layer(pack_padded_sequence(x, lengths))
+    padded, padded_final = seeded(layer)(x, lengths=lengths)
+    packed, packed_final = seeded(layer)(pack_padded_sequence(x, lengths))
     assert torch.equal(packed.data, padded[exists])
     assert all(map(torch.equal, as_tuple(packed_final), as_tuple(padded_final)))
     grads = [
@@ -127,7 +173,7 @@ def test_gradcheck_twice(name, options):
 
     def call(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         given = dict(zip(names, weights, strict=True))
-        output, final = torch.func.functional_call(layer, given, (x,))
+        output, final = seeded(torch.func.functional_call)(layer, given, (x,))
         return output, *as_tuple(final)
 
     leaves = [torch.randn(3, 2, 2, dtype=torch.float64), *(p.detach() for p in layer.parameters())]
@@ -156,24 +202,33 @@ def test_compiled_without_a_break(name, options):
 
 @every_variant
 def test_cell_is_one_step_of_the_layer(name, options):
+    if "recurrent_dropout" in options or "weight_dropout" in options:
+        with pytest.raises(TypeError, match="_dropout"):  # which are of a whole sequence
+            make(f"{name}Cell", **options)
+        return
     layer = make(name, dtype=torch.float64, **options)
     cell = make(f"{name}Cell", dtype=torch.float64, **options)
     cell.load_state_dict({k.removesuffix("_l0"): v for k, v in layer.state_dict().items()})
     x, hx = dyadic(1, B, I), states(layer, B)
-    _, expected = layer(x, hx)
+    _, expected = seeded(layer)(x, hx)
     given = tuple(s[0] for s in as_tuple(hx))
-    found = cell(x[0], given if name == "LSTM" else given[0])
+    found = seeded(cell)(x[0], given if name == "LSTM" else given[0])
     for a, b in zip(as_tuple(found), as_tuple(expected), strict=True):
         assert torch.equal(a, b[0])
-    assert all(
-        f"{option}={value}" in repr(cell).replace("'", "") for option, value in options.items()
-    )
+    assert all(shown(option, value) in repr(cell) for option, value in options.items())
+
+
+def shown(option: str, value: Any) -> str:
+    """An option as ``repr`` shows it."""
+    if option == "layer_norm" and value is True:
+        value = "separate"
+    return f"{option}={value!r}" if option == "nonlinearity" else f"{option}={value}"
 
 
 @every_variant
 def test_parameters(name, options):
     """Named and shaped as documented, with torch.nn's initial values; saved, copied, pickled."""
-    layer = make(name, num_layers=2, bidirectional=True, **options)
+    layer = getattr(fused_rnn, name)(I, H, num_layers=2, bidirectional=True, **options)
     gates = {"RNN": 1, "GRU": 3, "LSTM": 3 if options.get("coupled") else 4}[name]
     heads = options.get("num_heads", 1)
     expected = {}
@@ -189,21 +244,28 @@ def test_parameters(name, options):
         }
         if options.get("peephole"):
             expected["weight_ch" + end] = ((gates - 1) * H,)
+        norms = {True: ["ih", "hh"], "joint": ["g"]}.get(options.get("layer_norm"), [])
+        for of in [*norms, "c"] if norms and name == "LSTM" else norms:
+            rows = H if of == "c" else gates * H
+            expected |= {f"ln_{of}_weight{end}": (rows,), f"ln_{of}_bias{end}": (rows,)}
     assert {k: tuple(v.shape) for k, v in layer.state_dict().items()} == expected
     assert list(layer.state_dict()) == list(expected)
     assert [n for names in layer._all_weights for n in names] == list(expected)
     assert len(layer._flat_weights) == len(expected)
-    for parameter in layer.parameters():
+    for key, parameter in layer.named_parameters():
+        if key.startswith("ln_"):
+            assert torch.equal(parameter, torch.full_like(parameter, "weight" in key))
+            continue
         assert 0.5 * H**-0.5 < parameter.abs().max() <= H**-0.5
     x = torch.randn(T, B, I)
     buffer = io.BytesIO()
     torch.save(layer, buffer)
     buffer.seek(0)
     for other in (copy.deepcopy(layer), torch.load(buffer, weights_only=False)):
-        assert torch.equal(other(x)[0], layer(x)[0])
+        assert torch.equal(seeded(other)(x)[0], seeded(layer)(x)[0])
         assert repr(other) == repr(layer)
     for option, value in options.items():
-        assert option == "nonlinearity" or f"{option}={value}" in repr(layer)
+        assert option == "nonlinearity" or shown(option, value) in repr(layer)
 
 
 @pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
@@ -211,7 +273,10 @@ def test_defaults_leave_the_layer_as_it_is(name):
     torch.manual_seed(0)
     plain = getattr(torch.nn, name)(I, H, 2)
     torch.manual_seed(0)
-    ours = make(name, I, H, 2, **({"peephole": False, "coupled": False} if name == "LSTM" else {}))
+    defaults = {"layer_norm": False, "zoneout": 0.0, "recurrent_dropout": 0, "weight_dropout": 0.0}
+    defaults |= {"peephole": False, "coupled": False} if name == "LSTM" else {}
+    ours = make(name, I, H, 2, **defaults)
+    assert ours._options() is None  # so that the plain op is called
     assert list(plain.state_dict()) == list(ours.state_dict())
     for a, b in zip(plain.parameters(), ours.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -223,9 +288,9 @@ def test_functional_form(name, options):
     layer = make(name, num_layers=2, **options)
     x = torch.randn(T, B, I)
     chosen = {k: v for k, v in options.items() if k != "num_heads"}  # weight_hh tells
-    call = getattr(functional, name.lower())
-    found = call(x, None, list(layer.parameters()), num_layers=2, **chosen)
-    output, final = layer(x)
+    call = seeded(getattr(functional, name.lower()))
+    found = call(x, None, list(layer.parameters()), num_layers=2, train=True, **chosen)
+    output, final = seeded(layer)(x)
     assert all(map(torch.equal, found, (output, *as_tuple(final))))
 
 
@@ -257,6 +322,126 @@ def test_heads_are_a_block_diagonal_recurrence(name, bidirectional):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
+def test_evaluation_draws_nothing():
+    layer = make("LSTM", zoneout=0.3, recurrent_dropout=0.4, weight_dropout=0.5, num_layers=2)
+    x = torch.randn(T, B, I)
+    before = torch.get_rng_state()
+    layer.eval()
+    assert torch.equal(layer(x)[0], layer(x)[0])
+    assert torch.equal(torch.get_rng_state(), before)
+    layer.train()
+    assert not torch.equal(layer(x)[0], layer(x)[0])
+
+
+@pytest.mark.parametrize("option", ["recurrent_dropout", "weight_dropout"])
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+def test_dropouts_do_nothing_in_evaluation(name, option):
+    layer = make(name, **{option: 0.4}).eval()
+    plain = make(name)
+    plain.load_state_dict(layer.state_dict())
+    x = torch.randn(T, B, I)
+    assert torch.equal(layer(x)[0], plain(x)[0])
+
+
+def test_rates_may_be_changed_at_any_time():
+    layer = make("LSTM")
+    x = torch.randn(T, B, I)
+    plain = layer(x)[0]
+    layer.zoneout, layer.recurrent_dropout = (0.2, 0.1), 0.3
+    expected = make("LSTM", zoneout=(0.2, 0.1), recurrent_dropout=0.3)
+    expected.load_state_dict(layer.state_dict())
+    assert torch.equal(seeded(layer)(x)[0], seeded(expected)(x)[0])
+    layer.zoneout = layer.recurrent_dropout = 0.0
+    assert torch.equal(layer(x)[0], plain)
+
+
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+def test_zoneout_keeps_units_as_often_as_asked(name):
+    """As the outputs show it: where a unit stayed, it is bitwise what it was before."""
+    p, steps, rows, units = 0.25, 100, 16, 96
+    layer = make(name, 4, units, zoneout=p)
+    output, _ = layer(torch.randn(steps, rows, 4))
+    stayed = (output[1:] == output[:-1]).double()
+    count = stayed.numel()
+    assert abs(stayed.mean() - p) < 5 * (p * (1 - p) / count) ** 0.5
+    # Neither steps nor rows nor units know of each other.
+    for dim in range(3):
+        a, b = (
+            stayed.narrow(dim, 1, stayed.shape[dim] - 1),
+            stayed.narrow(dim, 0, stayed.shape[dim] - 1),
+        )
+        correlation = ((a - p) * (b - p)).mean() / (p * (1 - p))
+        assert abs(correlation) < 5 / count**0.5
+
+
+def test_recurrent_dropout_is_one_mask_for_a_sequence():
+    """With W_hh the identity, what h passes on shows which units the product does not see."""
+    layer = make("RNN", 1, 200, nonlinearity="relu", bias=False, recurrent_dropout=0.4)
+    with torch.no_grad():
+        layer.weight_hh_l0.copy_(torch.eye(200))
+        layer.weight_ih_l0.fill_(1)
+    output, _ = layer(torch.ones(5, 8, 1))
+    seen = output[1:] > 1
+    assert torch.equal(seen, seen[:1].expand_as(seen))
+    assert 0.5 < seen.double().mean() < 0.7
+    assert not torch.equal(seen[0, 0], seen[0, 1])
+    torch.testing.assert_close(output[1][seen[0]], torch.tensor(1 + 1 / 0.6).expand(seen[0].sum()))
+
+
+def test_words_are_random():
+    """Rates and pairwise independence of what is chosen: units, rows, streams, seeds."""
+    p, shape = 0.3, (64, 5, 200)
+    base = reference.chosen(11, 1, shape, p)
+    tolerance = 5 / base.numel() ** 0.5
+
+    def correlation(a: Tensor, b: Tensor) -> float:
+        return (((a.double() - p) * (b.double() - p)).mean() / (p * (1 - p))).abs().item()
+
+    assert abs(base.double().mean() - p) < tolerance
+    assert correlation(base[..., 1:], base[..., :-1]) < tolerance
+    assert correlation(base[..., 16:], base[..., :-16]) < tolerance
+    assert correlation(base[1:], base[:-1]) < tolerance
+    for other in (reference.chosen(11, 2, shape, p), reference.chosen(12, 1, shape, p)):
+        assert correlation(base, other) < tolerance
+    assert torch.equal(base, reference.chosen(torch.tensor(11), 1, shape, p))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(3,), (5, 64), (2, 7, 65), (0, 4), (4, 0), (300, 300)], ids=str)
+def test_dropout_of_weights(dtype, shape):
+    x, seed = torch.randn(shape, dtype=dtype), torch.tensor(2**61 + 12345)
+    found = torch.ops.fused_rnn.dropout(x, 0.3, seed)
+    compute = ops.compute_dtype(dtype)
+    factors = reference.dropout_factors(seed, reference.WEIGHT_DROPOUT, shape, 0.3, x.to(compute))
+    assert torch.equal(found, (x.to(compute) * factors).to(dtype))
+    torch.set_num_threads(2)
+    assert torch.equal(found, torch.ops.fused_rnn.dropout(x.t() if x.dim() == 0 else x, 0.3, seed))
+    if x.numel():
+        torch.library.opcheck(torch.ops.fused_rnn.dropout, (x, 0.3, seed))
+
+
+def test_gradient_of_weight_dropout():
+    seed = torch.tensor(5)
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+
+    def call(x: Tensor) -> Tensor:
+        return torch.ops.fused_rnn.dropout(x, 0.3, seed)
+
+    assert torch.autograd.gradcheck(call, x) and torch.autograd.gradgradcheck(call, x)
+
+
+@pytest.mark.parametrize("layer_norm", ["separate", "joint"])
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+def test_layer_norm_does_not_see_the_scale_of_weights(name, layer_norm):
+    layer = make(name, dtype=torch.float64, layer_norm=layer_norm, bias=False)
+    x = dyadic(T, B, I)
+    expected = layer(x)[0]
+    with torch.no_grad():
+        for weight in (layer.weight_ih_l0, layer.weight_hh_l0):
+            weight.mul_(1000)
+    assert (layer(x)[0] - expected).abs().max() < 1e-2  # eps is what is left of it
+
+
 BOTH_LSTMS = pytest.mark.parametrize("name", ["LSTM", "LSTMCell"])
 EVERY_CLASS = pytest.mark.parametrize(
     "name", ["RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell"]
@@ -284,6 +469,39 @@ def test_heads_that_do_not_fit_are_refused(name):
 def test_heads_with_a_projection_are_refused():
     with pytest.raises(ValueError, match="num_heads=3 and proj_size=6"):
         make("LSTM", num_heads=3, proj_size=6)
+
+
+@EVERY_CLASS
+@pytest.mark.parametrize("option", ["zoneout", "recurrent_dropout", "weight_dropout"])
+def test_rates_outside_are_refused(name, option):
+    if name.endswith("Cell") and option != "zoneout":
+        return
+    for value in (1.0, -0.1, 2, float("nan")):
+        with pytest.raises(ValueError, match=rf"{option} should be a probability in \[0, 1\), got"):
+            make(name, **{option: value})
+    for value in ("0.1", None, True):
+        with pytest.raises(TypeError, match=f"{option} should be a number, got: "):
+            make(name, **{option: value})
+
+
+@EVERY_CLASS
+def test_norms_that_do_not_exist_are_refused(name):
+    with pytest.raises(ValueError, match="'separate' or 'joint', got 'batch'"):
+        make(name, layer_norm="batch")
+    for value in (None, 1, 0.0):
+        with pytest.raises(TypeError, match="layer_norm should be a bool or a str, got: "):
+            make(name, layer_norm=value)
+
+
+@EVERY_CLASS
+def test_pairs_of_zoneout_are_lstms(name):
+    if name.startswith("LSTM"):
+        for value in ((0.1,), (0.1, 0.2, 0.3)):
+            with pytest.raises(ValueError, match="a pair of them for h and c"):
+                make(name, zoneout=value)
+    else:
+        with pytest.raises(ValueError, match="for LSTM only"):
+            make(name, zoneout=(0.1, 0.2))
 
 
 @pytest.mark.parametrize("name", ["RNN", "GRU", "RNNCell", "GRUCell"])

@@ -73,7 +73,7 @@ class Backward {
         c_width(round_up(p.H, V::size)),
         norm(is_varied<Cell> ? p.variation.layer_norm : LayerNorm::none),
         own(norm, Cell::gates, Cell::unit_weights, Cell::has_c),
-        split_gates(Cell::split_gates || norm == LayerNorm::separate),
+        split_gates(norm == LayerNorm::none ? Cell::split_gates : norm == LayerNorm::separate),
         packed(p.T * p.B > 1),
         hidden_panels({p.P, gate_rows, 0, 1, p.P}, p.T > 1 || p.d_hx),
         input_panels({p.I, gate_rows, 0, 1, p.I}, p.d_input.data),
@@ -134,7 +134,7 @@ class Backward {
     if (is_varied<Cell>) varied.take_memory(arena);
     if (norm != LayerNorm::none) {
       if (Cell::has_c) passing_c = arena.take<C>(3 * p.L * p.B * c_width);
-      passing_gates = arena.take<C>(2 * Cell::gates * p.L * p.B * c_width);
+      passing_gates = arena.take<C>((1 + Cell::split_gates) * Cell::gates * p.L * p.B * c_width);
     }
     if (!multiplies()) return;
     places = arena.take<Place>(p.L * parts * chunks.capacity);
@@ -294,12 +294,14 @@ class Backward {
     if constexpr (is_varied<Cell>) draw_zones(part, t, units, true, !p.projected);
     const auto each = [&](int64_t i, int64_t unit, int64_t n, V product) {
       const RowStep row = row_step(p, lane, order.row(i), t);
+      const int64_t chunk_row = row_of_chunk(part, chunk, t, i);
+      if constexpr (is_varied<Cell>)
+        if (!p.projected) return varied_units(part, row, step, i, chunk_row, unit, n, product);
       Factors<V> factors;
       if constexpr (is_varied<Cell>) factors = factors_of(part, row, i, unit);
       const V d_h = collect_d_hidden<is_varied<Cell>, S>(p, row, unit, n, product,
                                                          h_row(lane, i) + unit, factors);
-      const int64_t chunk_row = row_of_chunk(part, chunk, t, i);
-      if (!p.projected) return cell_units(part, row, step, i, chunk_row, unit, n, d_h);
+      if (!p.projected) return cell_units(row, step, i, chunk_row, unit, n, d_h);
       Memory<V>::store(d_h, output_row(lane, i) + unit, n);
       if (d_output_rows)
         Memory<V>::store(d_h, d_output_rows + chunk_row * d_output_width + unit, n);
@@ -322,8 +324,12 @@ class Backward {
     multiply_units(projection_panels, p.weights[lane].weight_hr, lane, panels, false,
                    {output_row(lane, begin), d_output_width / E::depth, rows},
                    [&](int64_t r, int64_t unit, int64_t n, V d_h) {
-                     cell_units(part, row_step(p, lane, order.row(begin + r), t), step, begin + r,
-                                row_of_chunk(part, chunk, t, begin + r), unit, n, d_h);
+                     const RowStep row = row_step(p, lane, order.row(begin + r), t);
+                     Factors<V> factors;
+                     if constexpr (is_varied<Cell>)
+                       factors = factors_of(part, row, begin + r, unit);
+                     cell_units(row, step, begin + r, row_of_chunk(part, chunk, t, begin + r), unit,
+                                n, d_h, factors);
                    });
   }
 
@@ -335,24 +341,31 @@ class Backward {
            (i - order.begin(part.block)) * division.blocks + part.block;
   }
 
-  HOST_DEVICE void cell_units(const Part& part, const RowStep& row, int64_t step, int64_t i,
-                              int64_t chunk_row, int64_t unit, int64_t n, V d_h) {
+  // Not worth a copy at every place that calls it.
+  __attribute__((noinline)) void varied_units(const Part& part, const RowStep& row, int64_t step,
+                                              int64_t i, int64_t chunk_row, int64_t unit, int64_t n,
+                                              const V& product) {
+    const Factors<V> factors = factors_of(part, row, i, unit);
+    cell_units(
+        row, step, i, chunk_row, unit, n,
+        collect_d_hidden<true, S>(p, row, unit, n, product, h_row(row.lane, i) + unit, factors),
+        factors);
+  }
+
+  HOST_DEVICE void cell_units(const RowStep& row, int64_t step, int64_t i, int64_t chunk_row,
+                              int64_t unit, int64_t n, V d_h, const Factors<V>& factors = {}) {
     const void* weight_ch = p.weights[row.lane].weight_ch;
     V d_weight_ch[Cell::unit_weights > 0 ? Cell::unit_weights : 1];
-    Factors<V> factors;
-    if constexpr (is_varied<Cell>) {
-      factors = factors_of(part, row, i, unit);
-      if constexpr (Cell::has_c)
-        if (norm != LayerNorm::none)
-          return hidden_half(row, i, unit, n, d_h, weight_ch, d_weight_ch, factors);
-    }
+    if constexpr (is_varied<Cell> && Cell::has_c)
+      if (norm != LayerNorm::none)
+        return hidden_half(row, i, unit, n, d_h, weight_ch, d_weight_ch, factors);
     V d_input_gates[Cell::gates], d_hidden_gates[Cell::gates];
     backward_units<Cell, S>(p, row, unit, n, d_h, weight_ch, h_row(row.lane, i) + unit,
                             Cell::has_c ? c_row(row.lane, i) + unit : nullptr, d_input_gates,
                             d_hidden_gates, d_weight_ch, factors);
     for (int k = 0; k < Cell::unit_weights; ++k) add_unit(row, k, unit, d_weight_ch[k]);
     if (norm != LayerNorm::none)
-      pass_gates(row, i, unit, n, d_input_gates, d_hidden_gates);
+      pass_gates(row, i, unit, d_input_gates, d_hidden_gates);
     else
       keep_gates(row, step, i, chunk_row, unit, n, d_input_gates, d_hidden_gates);
   }
@@ -384,7 +397,8 @@ class Backward {
 
   // ---- around a Varied cell
 
-  Factors<V> factors_of(const Part& part, const RowStep& row, int64_t i, int64_t unit) const {
+  HOST_DEVICE Factors<V> factors_of(const Part& part, const RowStep& row, int64_t i,
+                                    int64_t unit) const {
     return varied.factors(part.lane * parts + part.index, row.lane, row.b,
                           i - order.begin(part.block), unit);
   }
@@ -408,11 +422,11 @@ class Backward {
   C* passing_c_row(int which, int64_t lane, int64_t i) const {
     return passing_c + ((which * p.L + lane) * p.B + i) * c_width;
   }
-  // Of normalised input (or joint) gates and of hidden ones.
-  C* passing_gates_row(int which, int g, int64_t lane, int64_t i) const {
-    return passing_gates + (((which * Cell::gates + g) * p.L + lane) * p.B + i) * c_width;
+  // Of the gates that the cell saw; of hidden gates, where the cell splits them.
+  C* passing_gates_row(int which, int64_t lane, int64_t i) const {
+    return passing_gates + ((which * p.L + lane) * p.B + i) * Cell::gates * c_width;
   }
-  V weight_of(const NormWeights<const void*>& of, int64_t at, int64_t n) const {
+  HOST_DEVICE V weight_of(const NormWeights<const void*>& of, int64_t at, int64_t n) const {
     return Memory<V>::load(static_cast<const S*>(of.weight) + at, n);
   }
 
@@ -430,7 +444,7 @@ class Backward {
     add_unit(row, own.ln_c + 1, unit, d_inside);
     d_gate_o.store(passing_c_row(0, row.lane, i) + unit);
     d_c.store(passing_c_row(1, row.lane, i) + unit);
-    (d_inside * weight_of(ln_of_c, unit, n)).store(passing_c_row(2, row.lane, i) + unit);
+    d_inside.store(passing_c_row(2, row.lane, i) + unit);
   }
 
   // This member's share of units where a row has been finished.
@@ -444,48 +458,35 @@ class Backward {
     const Share units = share_of_units(part);
     for (int64_t i = order.begin(part.block); i < order.active_end(part.block, t); ++i) {
       const RowStep row = row_step(p, lane, order.row(i), t);
-      const C* d_normal = passing_c_row(2, lane, i);
-      const auto normal = [&](int64_t unit, int) {
-        return saved_value<S, V>(p, row, unit, p.H - unit, saved_values<Cell>(p).c);
-      };
-      const NormGradient<C> through =
-          norm_gradient<C, 1>(p.H, statistic(row, 2), normal,
-                              [&](int64_t unit, int) { return V::load(d_normal + unit); });
+      const C* d_inside = passing_c_row(2, lane, i);
+      const auto normal = reserve_row<const S>(p, row, saved_values<Cell>(p).c);
+      const auto& ln_of_c = p.weights[lane].ln_c;
+      const NormGradient<C> through = norm_gradient<S>(
+          p.H, 1, statistic(row, 2), normal, whole_row(d_inside, c_width), ln_of_c.weight);
       for (int64_t unit = units.begin; unit < units.end; unit += V::size) {
         const int64_t n = p.H - unit;
         V d_gates[Cell::gates], d_weight_ch[Cell::unit_weights > 0 ? Cell::unit_weights : 1];
         d_gates[Cell::O] = V::load(passing_c_row(0, lane, i) + unit);
         const V d_c = V::load(passing_c_row(1, lane, i) + unit) +
-                      through.at(V::load(d_normal + unit), normal(unit, 0));
+                      through.at(V::load(d_inside + unit) * weight_of(ln_of_c, unit, n),
+                                 Memory<V>::load(normal.at(unit, 0), n));
         backward_c_units<Cell, S>(p, row, unit, n, d_c, p.weights[lane].weight_ch,
                                   c_row(lane, i) + unit, d_gates, d_weight_ch);
         for (int k = 0; k < Cell::unit_weights - 1; ++k) add_unit(row, k, unit, d_weight_ch[k]);
-        pass_gates(row, i, unit, n, d_gates, d_gates);
+        pass_gates(row, i, unit, d_gates, d_gates);
       }
     }
   }
 
-  // Gradients of the gates that a cell saw: those of weight and bias, and of the normalised gates.
-  HOST_DEVICE void pass_gates(const RowStep& row, int64_t i, int64_t unit, int64_t n,
-                              const V* d_input_gates, const V* d_hidden_gates) {
-    const auto& w = p.weights[row.lane];
-    const SavedValues places = saved_values<Cell>(p);
+  // The gradients of the gates that a cell saw.
+  HOST_DEVICE void pass_gates(const RowStep& row, int64_t i, int64_t unit, const V* d_input_gates,
+                              const V* d_hidden_gates) {
     // Joint gates have stood for the hidden ones.
-    pass_gates_of(row, 0, i, unit, n, norm == LayerNorm::joint ? d_hidden_gates : d_input_gates,
-                  w.ln_input, places.input, own.ln_input);
-    if (norm == LayerNorm::separate)
-      pass_gates_of(row, 1, i, unit, n, d_hidden_gates, w.ln_hidden, places.hidden, own.ln_hidden);
-  }
-
-  HOST_DEVICE void pass_gates_of(const RowStep& row, int which, int64_t i, int64_t unit, int64_t n,
-                                 const V* d_gates, const NormWeights<const void*>& of,
-                                 int64_t place, int64_t k) {
+    const V* d_gates = norm == LayerNorm::joint ? d_hidden_gates : d_input_gates;
     for (int g = 0; g < Cell::gates; ++g) {
-      const V normal = saved_value<S, V>(p, row, unit, n, place + g);
-      add_unit(row, k + g, unit, d_gates[g] * normal);
-      add_unit(row, k + Cell::gates + g, unit, d_gates[g]);
-      (d_gates[g] * weight_of(of, g * p.H + unit, n))
-          .store(passing_gates_row(which, g, row.lane, i) + unit);
+      d_gates[g].store(passing_gates_row(0, row.lane, i) + g * c_width + unit);
+      if constexpr (Cell::split_gates)
+        d_hidden_gates[g].store(passing_gates_row(1, row.lane, i) + g * c_width + unit);
     }
   }
 
@@ -493,34 +494,35 @@ class Backward {
     const int64_t lane = part.lane, t = time_of_step(p, lane, p.T - 1 - step);
     const Share units = share_of_units(part);
     const SavedValues places = saved_values<Cell>(p);
+    const auto& w = p.weights[lane];
+    const bool joint = norm == LayerNorm::joint;
     for (int64_t i = order.begin(part.block); i < order.active_end(part.block, t); ++i) {
       const RowStep row = row_step(p, lane, order.row(i), t);
-      const auto normal = [&](int which) {
-        return [&, first = which ? places.hidden : places.input](int64_t unit, int g) {
-          return saved_value<S, V>(p, row, unit, p.H - unit, first + g);
-        };
+      const int64_t at = row_of_chunk(part, chunk, t, i) * gates_width;
+      // After a reset nothing flows back, and the state is zeros from the beginning.
+      Value* const state = row.reset ? nullptr : gates_row(step + 1, lane, i);
+      Value* const inputs = d_input_rows ? d_input_rows + at : nullptr;
+      if (row.reset)
+        for (int g = 0; g < Cell::gates; ++g)
+          for (int64_t unit = units.begin; unit < units.end; unit += V::size)
+            Memory<V>::store(V(0), gates_row(step + 1, lane, i) + g * p.H + unit, p.H - unit);
+      C* const sums = d_unit_rows ? unit_row(lane, row.b) : nullptr;
+      const auto through = [&](int which, int64_t place, const NormWeights<const void*>& of,
+                               int64_t k, bool sums_bias, Value* to, Value* too) {
+        const auto normal = reserve_row<const S>(p, row, place);
+        const auto d =
+            whole_row<const C>(passing_gates_row(which && Cell::split_gates, lane, i), c_width);
+        const auto gradient =
+            norm_gradient<S>(p.H, Cell::gates, statistic(row, which), normal, d, of.weight);
+        norm_backward_row<S>(gradient, p.H, Cell::gates, units, normal, d, of.weight,
+                             sums ? sums + k * c_width : nullptr,
+                             sums && sums_bias ? sums + (k + Cell::gates) * c_width : nullptr,
+                             c_width, to, too);
       };
-      const auto d_normal = [&](int which) {
-        return [&, which](int64_t unit, int g) {
-          return V::load(passing_gates_row(which, g, lane, i) + unit);
-        };
-      };
-      const bool both = norm == LayerNorm::separate;
-      const auto input =
-          norm_gradient<C, Cell::gates>(p.H, statistic(row, 0), normal(0), d_normal(0));
-      const auto hidden =
-          both ? norm_gradient<C, Cell::gates>(p.H, statistic(row, 1), normal(1), d_normal(1))
-               : input;
-      const int64_t chunk_row = row_of_chunk(part, chunk, t, i);
-      for (int64_t unit = units.begin; unit < units.end; unit += V::size) {
-        V d_input_gates[Cell::gates], d_hidden_gates[Cell::gates];
-        for (int g = 0; g < Cell::gates; ++g) {
-          d_input_gates[g] = input.at(d_normal(0)(unit, g), normal(0)(unit, g));
-          d_hidden_gates[g] =
-              both ? hidden.at(d_normal(1)(unit, g), normal(1)(unit, g)) : d_input_gates[g];
-        }
-        keep_gates(row, step, i, chunk_row, unit, p.H - unit, d_input_gates, d_hidden_gates);
-      }
+      through(0, places.input, w.ln_input, own.ln_input, true, inputs, joint ? state : nullptr);
+      if (!joint)
+        through(1, places.hidden, w.ln_hidden, own.ln_hidden, Cell::split_gates, state,
+                d_hidden_rows ? d_hidden_rows + at : nullptr);
     }
   }
 
@@ -755,10 +757,13 @@ class Backward {
         if constexpr (Cell::has_c) store_norm_gradient(part, to.ln_c, own.ln_c, 1);
       }
       if (norm == LayerNorm::separate) {
-        store_norm_gradient(part, to.ln_hidden, own.ln_hidden, Cell::gates);
         // What is added to a normalised gate has one gradient, whatever it is called.
-        store_unit_gradient(part, to.bias_ih, own.ln_input + Cell::gates, Cell::gates);
-        store_unit_gradient(part, to.bias_hh, own.ln_hidden + Cell::gates, Cell::gates);
+        const int64_t input = own.ln_input + Cell::gates;
+        const int64_t hidden = Cell::split_gates ? own.ln_hidden + Cell::gates : input;
+        store_unit_gradient(part, to.bias_ih, input, Cell::gates);
+        store_unit_gradient(part, to.bias_hh, hidden, Cell::gates);
+        store_unit_gradient(part, to.ln_hidden.weight, own.ln_hidden, Cell::gates);
+        store_unit_gradient(part, to.ln_hidden.bias, hidden, Cell::gates);
       }
     }
     for (int g = 0; g < gradient_count; ++g) {
@@ -847,6 +852,6 @@ class Backward {
   C* d_unit_rows = nullptr;        // [lane][row][weight of a unit][c_width]
   C* d_unit_sums = nullptr;        // [lane][weight of a unit][c_width]
   C* passing_c = nullptr;          // [of what][lane][row in order][c_width], under layer_norm
-  C* passing_gates = nullptr;      // [of what][gate][lane][row in order][c_width], likewise
+  C* passing_gates = nullptr;      // [of what][lane][row in order][gate][c_width], likewise
   C* other_d_inputs = nullptr;     // [lane - 1][t][row][I]
 };

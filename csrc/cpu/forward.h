@@ -96,6 +96,7 @@ class Forward {
     if (norm != LayerNorm::none) {
       hidden_gates = arena.take<C>(teams * order.end(0) * input_panels.count * row_size);
       if (Cell::has_c) new_c = arena.take<C>(2 * p.L * p.B * c_width);
+      normal_gates = arena.take<C>(teams * division.members * 2 * Cell::gates * c_width);
     }
   }
 
@@ -285,7 +286,8 @@ class Forward {
 
   // ---- around a Varied cell
 
-  Factors<V> factors_of(const Part& part, const RowStep& row, int64_t i, int64_t unit) const {
+  HOST_DEVICE Factors<V> factors_of(const Part& part, const RowStep& row, int64_t i,
+                                    int64_t unit) const {
     return varied.factors(part.team * division.members + part.member, row.lane, row.b,
                           i - order.begin(part.block), unit);
   }
@@ -314,15 +316,10 @@ class Forward {
     return new_c + ((which * p.L + lane) * p.B + i) * c_width;
   }
 
-  // A row's gates of all units, as the products leave them: gate g of the V from unit.
-  struct GatesRow {
-    const C* data;
-    int64_t panel_stride;
-    HOST_DEVICE V at(int64_t unit, int g) const {
-      return V::load(data + unit / GatePanels::units_each * panel_stride +
-                     (g * per_gate + unit % GatePanels::units_each / V::size) * V::size);
-    }
-  };
+  // A row's gates of all units, as a product leaves them.
+  static GateRow<const C> gates_of_row(const C* data, int64_t panel_stride) {
+    return {data, log_of(GatePanels::units_each), panel_stride, GatePanels::units_each};
+  }
 
   // The cells of rows whose products are there.
   void gates_phase(const Part& part, int64_t chunk, int64_t step) {
@@ -330,47 +327,43 @@ class Forward {
     const auto times = chunks.times(is_reverse(p, lane), chunk);
     const int64_t begin = order.begin(part.block), end = order.active_end(part.block, t);
     const int64_t chunk_row = chunks.row(part.block, times, t, begin);
+    const bool joint = norm == LayerNorm::joint;
     const auto& w = p.weights[lane];
     const Share units = units_of_panels(part);
     const SavedValues places = saved_values<Cell>(p);
+    constexpr int gates = Cell::gates;
+    C* const seen =
+        normal_gates + (part.team * division.members + part.member) * 2 * gates * c_width;
+    const GateRow<C> seen_input = whole_row(seen, c_width);
+    const GateRow<C> seen_hidden = whole_row(seen + gates * c_width, c_width);
     if (!Cell::has_c) draw_zones(part, t, units, true);
     for (int64_t i = begin; i < end; ++i) {
       const RowStep row = row_step(p, lane, order.row(i), t);
-      const GatesRow inputs{gates_of_panel(part, 0) + (chunk_row + i - begin) * row_size,
-                            chunks.capacity * row_size};
-      const GatesRow hiddens{hidden_of_panel(part, 0) + (i - begin) * row_size, hidden_stride()};
-      const bool joint = norm == LayerNorm::joint;
-      const auto of_input = [&](int64_t unit, int g) {
-        return joint ? inputs.at(unit, g) + hiddens.at(unit, g) : inputs.at(unit, g);
-      };
-      const auto of_hidden = [&](int64_t unit, int g) { return hiddens.at(unit, g); };
-      const Moments<C> input = moments<C, Cell::gates>(p.H, of_input);
-      const Moments<C> hidden = joint ? input : moments<C, Cell::gates>(p.H, of_hidden);
-      if (part.member == 0) {
-        store_statistic(row, 0, input);
-        store_statistic(row, 1, hidden);
+      const GateRow<const C> none{};
+      const auto inputs = gates_of_row(gates_of_panel(part, 0) + (chunk_row + i - begin) * row_size,
+                                       chunks.capacity * row_size);
+      const auto hiddens =
+          gates_of_row(hidden_of_panel(part, 0) + (i - begin) * row_size, hidden_stride());
+      const Moments<C> of_input = moments<C>(p.H, gates, inputs, joint ? hiddens : none);
+      normalise_row<S>(of_input, p.H, gates, units, inputs, joint ? hiddens : none, w.ln_input,
+                       joint ? nullptr : w.bias_ih, reserve_row<S>(p, row, places.input),
+                       joint ? seen_hidden : seen_input);
+      if (part.member == 0) store_statistic(row, 0, of_input);
+      if (!joint) {
+        const Moments<C> of_hidden = moments<C>(p.H, gates, hiddens, none);
+        normalise_row<S>(of_hidden, p.H, gates, units, hiddens, none, w.ln_hidden, w.bias_hh,
+                         reserve_row<S>(p, row, places.hidden), seen_hidden);
+        if (part.member == 0) store_statistic(row, 1, of_hidden);
       }
       for (int64_t unit = units.begin; unit < units.end && unit < p.H; unit += V::size) {
-        const int64_t n = p.H - unit;
-        V normal[2][Cell::gates], from_input[Cell::gates], from_hidden[Cell::gates];
-        for (int g = 0; g < Cell::gates; ++g) {
-          const int64_t at = g * p.H + unit;
-          normal[0][g] = input.normalise(of_input(unit, g));
-          const V first = affine<S>(normal[0][g], w.ln_input, at, n);
-          from_input[g] = joint ? V(0) : first + load_or_zero_at(w.bias_ih, at, n);
-          if (joint) {
-            from_hidden[g] = first;
-            continue;
-          }
-          normal[1][g] = hidden.normalise(of_hidden(unit, g));
-          from_hidden[g] =
-              affine<S>(normal[1][g], w.ln_hidden, at, n) + load_or_zero_at(w.bias_hh, at, n);
+        V from_input[gates], from_hidden[gates];
+        for (int g = 0; g < gates; ++g) {
+          from_input[g] = joint ? V(0) : V::load(seen_input.at(unit, g));
+          from_hidden[g] = V::load(seen_hidden.at(unit, g));
         }
-        save_values<S>(p, row, unit, n, normal[0], places.input, Cell::gates);
-        if (!joint) save_values<S>(p, row, unit, n, normal[1], places.hidden, Cell::gates);
         if constexpr (Cell::has_c) {
           V c, gate_o;
-          forward_c_units<Cell, S>(p, row, unit, n, from_input, from_hidden, w.weight_ch,
+          forward_c_units<Cell, S>(p, row, unit, p.H - unit, from_input, from_hidden, w.weight_ch,
                                    c_row(lane, i) + unit, c, gate_o);
           c.store(new_c_row(0, lane, i) + unit);
           gate_o.store(new_c_row(1, lane, i) + unit);
@@ -390,8 +383,7 @@ class Forward {
     for (int64_t i = order.begin(part.block); i < order.active_end(part.block, t); ++i) {
       const RowStep row = row_step(p, lane, order.row(i), t);
       const C* cells = new_c_row(0, lane, i);
-      const Moments<C> of_c =
-          moments<C, 1>(p.H, [&](int64_t unit, int) { return V::load(cells + unit); });
+      const Moments<C> of_c = moments<C>(p.H, 1, whole_row(cells, c_width), {});
       if (part.member == 0) store_statistic(row, 2, of_c);
       for (int64_t unit = units.begin; unit < units.end && unit < p.H; unit += V::size) {
         const int64_t n = p.H - unit;
@@ -402,10 +394,6 @@ class Forward {
                                  factors_of(part, row, i, unit));
       }
     }
-  }
-
-  V load_or_zero_at(const void* from, int64_t at, int64_t n) const {
-    return load_or_zero<V>(from ? as_s(from) + at : nullptr, n);
   }
 
   void store_statistic(const RowStep& row, int which, const Moments<C>& of) const {
@@ -453,5 +441,6 @@ class Forward {
   C* c_state = nullptr;       // [lane][row in order][c_width]
   Value* m_state = nullptr;   // [lane][row in order][m_width]: h before the projection
   C* hidden_gates = nullptr;  // [team][panel][row of block][gate][unit of panel], under layer_norm
+  C* normal_gates = nullptr;  // [part][input, hidden][gate][c_width], likewise: of the row in hand
   C* new_c = nullptr;         // [c~, gate o][lane][row in order][c_width], likewise
 };

@@ -7,22 +7,37 @@ using PhiloxVector = Bits<philox_lanes>::Word;
 typedef uint64_t WideVector __attribute__((vector_size(FUSED_RNN_VECTOR_BYTES)));
 
 // 64-bit products of the even lanes with m.
-HOST_DEVICE WideVector multiply_even(PhiloxVector x, uint32_t m) {
+HOST_DEVICE PhiloxVector multiply_even(PhiloxVector x, uint32_t m) {
 #if FUSED_RNN_VECTOR_BYTES == 64
-  return (WideVector)_mm512_mul_epu32((__m512i)x, _mm512_set1_epi64(m));
+  return (PhiloxVector)_mm512_mul_epu32((__m512i)x, _mm512_set1_epi64(m));
 #elif FUSED_RNN_VECTOR_BYTES == 32
-  return (WideVector)_mm256_mul_epu32((__m256i)x, _mm256_set1_epi64x(m));
+  return (PhiloxVector)_mm256_mul_epu32((__m256i)x, _mm256_set1_epi64x(m));
 #else
-  return ((WideVector)x & 0xFFFFFFFFu) * uint64_t(m);
+  return (PhiloxVector)(((WideVector)x & 0xFFFFFFFFu) * uint64_t(m));
 #endif
 }
 
+// In turn the lanes 2i + Odd of a and of b.
+template <int Odd, int... I>
+HOST_DEVICE PhiloxVector pick(PhiloxVector a, PhiloxVector b, std::integer_sequence<int, I...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, (I / 2 * 2 + Odd + (I & 1) * philox_lanes)...);
+#else
+  return __builtin_shuffle(a, b, PhiloxVector{(I / 2 * 2 + Odd + (I & 1) * philox_lanes)...});
+#endif
+}
+
+template <int... I>
+HOST_DEVICE PhiloxVector lane_numbers(std::integer_sequence<int, I...>) {
+  return PhiloxVector{I...};
+}
+
 HOST_DEVICE void multiply_wide(PhiloxVector x, uint32_t m, PhiloxVector& high, PhiloxVector& low) {
-  const WideVector even = multiply_even(x, m);
-  const WideVector odd = multiply_even((PhiloxVector)((WideVector)x >> 32), m);
-  const WideVector upper = WideVector{} + 0xFFFFFFFF00000000u;
-  high = (PhiloxVector)((even >> 32) | (odd & upper));
-  low = (PhiloxVector)((even & ~upper) | (odd << 32));
+  constexpr auto lanes = std::make_integer_sequence<int, philox_lanes>();
+  const PhiloxVector even = multiply_even(x, m);
+  const PhiloxVector odd = multiply_even(pick<1>(x, x, lanes), m);
+  high = pick<1>(even, odd, lanes);
+  low = pick<0>(even, odd, lanes);
 }
 
 // Whether each number of a block is chosen, 0 or 1.
@@ -31,8 +46,9 @@ HOST_DEVICE void choose_block(uint64_t seed, Stream stream, int64_t block, uint3
   typedef uint8_t Bytes __attribute__((vector_size(philox_lanes)));
   for (int first = 0; first < 16; first += philox_lanes) {
     const uint64_t position = static_cast<uint64_t>(block) * 16 + first;
-    PhiloxVector c0, c1 = PhiloxVector{} + static_cast<uint32_t>(position >> 32);
-    for (int i = 0; i < philox_lanes; ++i) c0[i] = static_cast<uint32_t>(position) + i;
+    PhiloxVector c0 = lane_numbers(std::make_integer_sequence<int, philox_lanes>()) +
+                      static_cast<uint32_t>(position);
+    PhiloxVector c1 = PhiloxVector{} + static_cast<uint32_t>(position >> 32);
     PhiloxVector c2 = PhiloxVector{} + static_cast<uint32_t>(stream), c3{};
     PhiloxKeys keys(seed);
     for (int round = 0; round < 10; ++round) {

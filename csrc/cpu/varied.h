@@ -12,6 +12,7 @@ class VariedFactors {
       : p(p),
         seeded(p.variation.seed),
         seed(seeded ? static_cast<uint64_t>(*p.variation.seed) : 0),
+        expected{static_cast<C>(p.variation.zoneout_h), static_cast<C>(p.variation.zoneout_c)},
         parts(parts),
         rows(rows),
         width(chosen_block * chosen_blocks(p.P > p.H ? p.P : p.H)),
@@ -52,8 +53,7 @@ class VariedFactors {
 
   HOST_DEVICE Factors<V> factors(int64_t part, int64_t lane, int64_t b, int64_t row,
                                  int64_t unit) const {
-    return {zone(0, part, row, unit, p.variation.zoneout_h),
-            zone(1, part, row, unit, p.variation.zoneout_c), keep(lane, b, unit)};
+    return {zone(0, part, row, unit), zone(1, part, row, unit), keep(lane, b, unit)};
   }
 
  private:
@@ -66,27 +66,50 @@ class VariedFactors {
       choose_block(seed, stream, random_row * blocks + block, chosen_limit(probability),
                    zones[which] + (part * rows + row) * width + block * chosen_block);
   }
-  HOST_DEVICE V zone(int which, int64_t part, int64_t row, int64_t unit, double probability) const {
+  HOST_DEVICE V zone(int which, int64_t part, int64_t row, int64_t unit) const {
     return zones[which] ? chosen_vector<V>(zones[which] + (part * rows + row) * width + unit)
-                        : V(static_cast<C>(probability));
+                        : V(expected[which]);
   }
 
   const Shape& p;
   const bool seeded;
   const uint64_t seed;
+  const C expected[2];  // of zoneout's factors
   const int64_t parts, rows, width, keep_width;
   C* keeps = nullptr;      // [lane][batch row][keep_width]
   uint8_t* zones[2] = {};  // [part][row][width], of h and of c
 };
 
-// Mean of a row, and 1 over its standard deviation.
-template <class C>
-struct Moments {
-  using V = Vector<C>;
-  static constexpr double epsilon = 1e-5;
-  C mean, scale;
-  HOST_DEVICE V normalise(V x) const { return (x - V(mean)) * V(scale); }
+// ---- normalisation, a row of the batch at a time
+//
+// Not inlined, and without a word of cells, so that all of them share one copy.
+
+// Values of all units of a row, gate by gate, the units in blocks of 2^log.
+template <class T>
+struct GateRow {
+  T* data;
+  int64_t log, block_stride, gate_stride;
+  HOST_DEVICE T* at(int64_t unit, int g) const {
+    return data + (unit >> log) * block_stride + (unit & ((int64_t(1) << log) - 1)) +
+           g * gate_stride;
+  }
+  explicit operator bool() const { return data; }
 };
+
+constexpr int64_t log_of(int64_t n) { return n > 1 ? 1 + log_of(n / 2) : 0; }
+
+// Of values that lie in one piece, gates `stride` apart.
+template <class T>
+HOST_DEVICE GateRow<T> whole_row(T* data, int64_t stride) {
+  return {data, 62, 0, stride};
+}
+
+// Of what is saved, from value `first`.
+template <class S, class Params>
+HOST_DEVICE GateRow<S> reserve_row(const Params& p, const RowStep& row, int64_t first) {
+  return {p.reserve ? p.reserve.template at<S>(row.t, row.b, row.lane, 0, first) : nullptr,
+          log_of(Reserve::block), p.reserve.stride_block, p.reserve.stride_value};
+}
 
 template <class V>
 HOST_DEVICE typename V::Scalar sum_of_lanes(V x) {
@@ -106,17 +129,31 @@ HOST_DEVICE Vector<C> first_lanes(Vector<C> x, int64_t n) {
   return Memory<V>::load(lanes, n);
 }
 
-// Of value(unit, gate), over all units and gates.
-template <class C, int Gates, class Value>
-HOST_DEVICE Moments<C> moments(int64_t H, const Value& value) {
+// Mean of a row, and 1 over its standard deviation.
+template <class C>
+struct Moments {
   using V = Vector<C>;
-  const C count = static_cast<C>(Gates * H);
+  static constexpr double epsilon = 1e-5;
+  C mean, scale;
+  HOST_DEVICE V normalise(V x) const { return (x - V(mean)) * V(scale); }
+};
+
+// Of x, or of x + y if there is y.
+template <class C>
+__attribute__((noinline)) Moments<C> moments(int64_t H, int gates, const GateRow<const C>& x,
+                                             const GateRow<const C>& y) {
+  using V = Vector<C>;
+  const auto value = [&](int64_t unit, int g) {
+    const V of_x = V::load(x.at(unit, g));
+    return y ? of_x + V::load(y.at(unit, g)) : of_x;
+  };
+  const C count = static_cast<C>(gates * H);
   V sum(0), squares(0);
   for (int64_t unit = 0; unit < H; unit += V::size)
-    for (int g = 0; g < Gates; ++g) sum = sum + first_lanes<C>(value(unit, g), H - unit);
+    for (int g = 0; g < gates; ++g) sum = sum + first_lanes<C>(value(unit, g), H - unit);
   const C mean = sum_of_lanes(sum) / count;
   for (int64_t unit = 0; unit < H; unit += V::size)
-    for (int g = 0; g < Gates; ++g) {
+    for (int g = 0; g < gates; ++g) {
       const V d = first_lanes<C>(value(unit, g) - V(mean), H - unit);
       squares = squares + d * d;
     }
@@ -131,7 +168,30 @@ HOST_DEVICE V affine(V normal, const NormWeights<const void*>& norm, int64_t at,
          Memory<V>::load(static_cast<const S*>(norm.bias) + at, n);
 }
 
-// What a normalised row's gradient, given by d_normal(unit, gate), is to what was normalised.
+// Units of x, or of x + y, normalised, with weight and bias and what is added after that; and saved, if
+// they are to be.
+template <class S, class C>
+__attribute__((noinline)) void normalise_row(const Moments<C>& of, int64_t H, int gates,
+                                             const Share& units, const GateRow<const C>& x,
+                                             const GateRow<const C>& y,
+                                             const NormWeights<const void*>& norm,
+                                             const void* added, const GateRow<S>& saved,
+                                             const GateRow<C>& to) {
+  using V = Vector<C>;
+  for (int64_t unit = units.begin; unit < units.end && unit < H; unit += V::size)
+    for (int g = 0; g < gates; ++g) {
+      const int64_t n = H - unit, at = g * H + unit;
+      V value = V::load(x.at(unit, g));
+      if (y) value = value + V::load(y.at(unit, g));
+      value = of.normalise(value);
+      if (saved) Memory<V>::store(value, saved.at(unit, g), n);
+      value = affine<S>(value, norm, at, n);
+      if (added) value = value + Memory<V>::load(static_cast<const S*>(added) + at, n);
+      value.store(to.at(unit, g));
+    }
+}
+
+// What the gradient of a normalised row, with its weight, is to what was normalised.
 template <class C>
 struct NormGradient {
   using V = Vector<C>;
@@ -141,17 +201,44 @@ struct NormGradient {
   }
 };
 
-template <class C, int Gates, class Normal, class DNormal>
-HOST_DEVICE NormGradient<C> norm_gradient(int64_t H, C scale, const Normal& normal,
-                                          const DNormal& d_normal) {
+// From the gradient d of what weight and bias made of the row.
+template <class S, class C>
+__attribute__((noinline)) NormGradient<C> norm_gradient(int64_t H, int gates, C scale,
+                                                        const GateRow<const S>& normal,
+                                                        const GateRow<const C>& d,
+                                                        const void* weight) {
   using V = Vector<C>;
-  const C count = static_cast<C>(Gates * H);
+  const C count = static_cast<C>(gates * H);
   V sum(0), products(0);
   for (int64_t unit = 0; unit < H; unit += V::size)
-    for (int g = 0; g < Gates; ++g) {
-      const V d = first_lanes<C>(d_normal(unit, g), H - unit);
-      sum = sum + d;
-      products = products + d * normal(unit, g);
+    for (int g = 0; g < gates; ++g) {
+      const int64_t n = H - unit;
+      const V d_normal = first_lanes<C>(V::load(d.at(unit, g)), n) *
+                         Memory<V>::load(static_cast<const S*>(weight) + g * H + unit, n);
+      sum = sum + d_normal;
+      products = products + d_normal * Memory<V>::load(normal.at(unit, g), n);
     }
   return {scale, sum_of_lanes(sum) / count, sum_of_lanes(products) / count};
+}
+
+// The gradient of what was normalised, to `to` and, if it is there, `too`; what it adds to those of weight
+// and bias, where these are summed.
+template <class S, class C, class Value>
+__attribute__((noinline)) void norm_backward_row(const NormGradient<C>& of, int64_t H, int gates,
+                                                 const Share& units, const GateRow<const S>& normal,
+                                                 const GateRow<const C>& d, const void* weight,
+                                                 C* d_weight, C* d_bias, int64_t stride, Value* to,
+                                                 Value* too) {
+  using V = Vector<C>;
+  const auto add = [](C* sum, V value) { (V::load(sum) + value).store(sum); };
+  for (int64_t unit = units.begin; unit < units.end && unit < H; unit += V::size)
+    for (int g = 0; g < gates; ++g) {
+      const int64_t n = H - unit, at = g * H + unit;
+      const V x = Memory<V>::load(normal.at(unit, g), n), dy = V::load(d.at(unit, g));
+      if (d_weight) add(d_weight + g * stride + unit, dy * x);
+      if (d_bias) add(d_bias + g * stride + unit, dy);
+      const V dx = of.at(dy * Memory<V>::load(static_cast<const S*>(weight) + at, n), x);
+      if (to) Memory<V>::store(dx, to + at, n);
+      if (too) Memory<V>::store(dx, too + at, n);
+    }
 }
