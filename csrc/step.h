@@ -7,6 +7,9 @@
 //   c (H)        likewise, compute type
 //   d_gates (G*H), d_h (P), d_c (H) on the way back: gradients that reach the step before; zero where
 //                a reset cut the row.
+// and within a step of a cell with a late gate
+//   read (H)     what that gate's product reads
+//   early (E*H)  the E = G - 1 gates before it, compute type
 #pragma once
 
 #include "cells/cell.h"
@@ -101,18 +104,34 @@ HOST_DEVICE void emit_hidden(const ForwardParams& p, const RowStep& row, int64_t
   if (row.last) Memory<V>::store(h, state_at<S>(p.h_n, p.B, p.P, row.lane, row.b) + unit, n);
 }
 
+// The early gates of a cell with a late one, at the `n` units that prev_h, early and read point at; of
+// early the gates are early_stride apart.
+template <class Cell, class S, class V, class HiddenState>
+HOST_DEVICE void forward_early_units(int64_t n, const V* input_gates, const V* hidden_gates,
+                                     const HiddenState* prev_h, Compute<S>* early,
+                                     int64_t early_stride, HiddenState* read) {
+  const State<V> prev{Memory<V>::load(prev_h, n), V(0)};
+  V saved[Cell::saved];
+  Cell::forward_early(input_gates, hidden_gates, saved);
+  Memory<V>::store(Cell::read(saved, prev), read, n);
+  for (int g = 0; g < Cell::gates - 1; ++g) Memory<V>::store(saved[g], early + g * early_stride, n);
+}
+
 // The cell at `n` units from `unit`. prev_h, c_state and h_state point at those units of the engine's
 // state; with a projection h_state is the buffer of unprojected values that the second product reads.
-// weight_ch is the lane's.
+// weight_ch is the lane's. With a late gate, early is what forward_early_units left.
 template <class Cell, class S, class V, class HiddenState>
 HOST_DEVICE void forward_units(const ForwardParams& p, const RowStep& row, int64_t unit, int64_t n,
                                const V* input_gates, const V* hidden_gates, const void* weight_ch,
-                               const HiddenState* prev_h, Compute<S>* c_state,
-                               HiddenState* h_state) {
+                               const HiddenState* prev_h, Compute<S>* c_state, HiddenState* h_state,
+                               const Compute<S>* early = nullptr, int64_t early_stride = 0) {
   State<V> prev{V(0), V(0)}, next{V(0), V(0)};
   if constexpr (Cell::reads_prev_h) prev.h = Memory<V>::load(prev_h, n);
   if constexpr (Cell::has_c) prev.c = Memory<V>::load(c_state, n);
   V saved[Cell::saved > 0 ? Cell::saved : 1];
+  if constexpr (Cell::late_gate)
+    for (int g = 0; g < Cell::gates - 1; ++g)
+      saved[g] = Memory<V>::load(early + g * early_stride, n);
   const UnitWeights<Cell, V> weights(static_cast<const S*>(weight_ch), p.H, unit, n);
   Cell::forward(input_gates, hidden_gates, weights.values, prev, next, saved);
 
@@ -160,6 +179,14 @@ HOST_DEVICE V previous_state(const BackwardParams& p, const RowStep& row, const 
       initial ? state_at<S>(initial, p.B, width, row.lane, row.b) + unit : nullptr, n);
 }
 
+// The h before the step.
+template <class S, class V>
+HOST_DEVICE V previous_hidden(const BackwardParams& p, const RowStep& row, int64_t unit,
+                              int64_t n) {
+  return previous_state<S, V>(p, row, p.hx, p.P, unit, n,
+                              [&](int64_t t) { return p.output.at<S>(t, row.b, row.lane) + unit; });
+}
+
 // The cell's backward at `n` units from `unit`. d_h is the whole gradient of the cell's h. What flows
 // back through hidden_gates is the caller's to pass on, unless row.reset. d_weight_ch receives this
 // row's and step's part of the gradient of the lane's weight_ch.
@@ -171,10 +198,7 @@ HOST_DEVICE void backward_units(const BackwardParams& p, const RowStep& row, int
   State<V> prev{V(0), V(0)}, next{V(0), V(0)}, d_next{d_h, V(0)}, d_prev{V(0), V(0)};
   if constexpr (Cell::reads_h)
     next.h = Memory<V>::load(p.output.at<S>(row.t, row.b, row.lane) + unit, n);
-  if constexpr (Cell::reads_prev_h)
-    prev.h = previous_state<S, V>(p, row, p.hx, p.P, unit, n, [&](int64_t t) {
-      return p.output.at<S>(t, row.b, row.lane) + unit;
-    });
+  if constexpr (Cell::reads_prev_h) prev.h = previous_hidden<S, V>(p, row, unit, n);
   if constexpr (Cell::has_c) {
     using C = Compute<S>;
     next.c = Memory<V>::load(p.saved_cells.at<C>(row.t, row.b, row.lane, unit, 0), n);
@@ -194,6 +218,32 @@ HOST_DEVICE void backward_units(const BackwardParams& p, const RowStep& row, int
                  d_weight_ch, d_prev);
   if (!p.projected) Memory<V>::store(row.reset ? V(0) : d_prev.h, d_h_state, n);
   if constexpr (Cell::has_c) Memory<V>::store(row.reset ? V(0) : d_prev.c, d_c_state, n);
+}
+
+// What the late gate's product read at `n` units from `unit`.
+template <class Cell, class S, class V>
+HOST_DEVICE V read_units(const BackwardParams& p, const RowStep& row, int64_t unit, int64_t n) {
+  const State<V> prev{previous_hidden<S, V>(p, row, unit, n), V(0)};
+  V saved[Cell::gates - 1];
+  for (int i = 0; i < Cell::gates - 1; ++i)
+    saved[i] = Memory<V>::load(p.reserve.at<S>(row.t, row.b, row.lane, unit, i), n);
+  return Cell::read(saved, prev);
+}
+
+// The rest of it for a cell with a late gate, once the product of that gate's gradient has given d_read:
+// returns the gradient of the first gate, and adds to d_h_state what flows through read. If row.reset,
+// d_read has to be zero.
+template <class Cell, class S, class V>
+HOST_DEVICE V backward_early_units(const BackwardParams& p, const RowStep& row, int64_t unit,
+                                   int64_t n, V d_read, Compute<S>* d_h_state) {
+  const State<V> prev{previous_hidden<S, V>(p, row, unit, n), V(0)};
+  State<V> d_prev{Memory<V>::load(d_h_state, n), V(0)};
+  V saved[Cell::saved];
+  for (int i = 0; i < Cell::saved; ++i)
+    saved[i] = Memory<V>::load(p.reserve.at<S>(row.t, row.b, row.lane, unit, i), n);
+  const V d_gate = Cell::backward_early(saved, prev, d_read, d_prev);
+  Memory<V>::store(d_prev.h, d_h_state, n);
+  return d_gate;
 }
 
 }  // namespace fused_rnn

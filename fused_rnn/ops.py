@@ -28,6 +28,7 @@ class CellTraits(NamedTuple):
     unit_weights: int  # weights per unit that the cell itself reads
     has_c: bool  # whether there is a cell state beside h
     split_gates: bool  # whether the gradients of input and hidden gates differ
+    late_gate: bool  # whether the last gate's product reads h times the first gate
 
     def weights(self, has_biases: bool) -> int:
         """How many tensors of weights a lane has without a projection."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -96,7 +96,29 @@ def gru(input_gates: Tensor, hidden_gates: Tensor, state: State) -> State:
     return (1 - z) * n + z * h, None
 
 
-# Cells with weights of their own take them as a last argument.
+def gru_reset_before(
+    input_gates: Tensor,
+    hidden_gates: Tensor,
+    state: State,
+    product: Callable[[Tensor], Tensor],
+) -> State:
+    """Cho et al. 2014 (arXiv 1406.1078), eq. 5 to 8: the reset gate before the product.
+
+    r = sigmoid(W_ir x + b_ir + W_hr h + b_hr), z likewise, n = tanh(W_in x + b_in + W_hn (r h) +
+    b_hn), h' = (1 - z) n + z h. ``product`` is that of ``hidden_gates``, weight_hh h + bias_hh.
+    """
+    h, _ = state
+    input_r, input_z, input_n = input_gates.chunk(3, dim=-1)
+    hidden_r, hidden_z, _ = hidden_gates.chunk(3, dim=-1)
+    r = torch.sigmoid(input_r + hidden_r)
+    z = torch.sigmoid(input_z + hidden_z)
+    _, _, hidden_n = product(r * h).chunk(3, dim=-1)
+    n = torch.tanh(input_n + hidden_n)
+    return (1 - z) * n + z * h, None
+
+
+# Cells with weights of their own take them as a last argument, and so does gru_reset_before its
+# second product.
 CELLS: dict[str, Callable[..., State]] = {
     "rnn_tanh": rnn_tanh,
     "rnn_relu": rnn_relu,
@@ -105,6 +127,7 @@ CELLS: dict[str, Callable[..., State]] = {
     "lstm_coupled": lstm_coupled,
     "lstm_coupled_peephole": lstm_coupled_peephole,
     "gru": gru,
+    "gru_reset_before": gru_reset_before,
 }
 
 
@@ -159,7 +182,13 @@ def direction(
     """
     T = input.shape[0]
     h, c = hx, cx
-    own = () if weights.weight_ch is None else (weights.weight_ch,)
+
+    def product(h: Tensor) -> Tensor:
+        return recurrent_product(h, weights.weight_hh, weights.bias_hh)
+
+    own: tuple[Any, ...] = () if weights.weight_ch is None else (weights.weight_ch,)
+    if cell == "gru_reset_before":
+        own = (product,)
     input_gates = F.linear(mask_beyond(input, lengths), weights.weight_ih, weights.bias_ih)
     outputs: list[Tensor] = [torch.zeros_like(hx)] * T
     cells: list[Tensor] = [] if cx is None else [torch.zeros_like(cx)] * T
@@ -169,8 +198,7 @@ def direction(
             keep = ~resets[t].unsqueeze(-1)
             h_before = torch.where(keep, h, torch.zeros_like(h))
             c_before = None if c is None else torch.where(keep, c, torch.zeros_like(c))
-        hidden_gates = recurrent_product(h_before, weights.weight_hh, weights.bias_hh)
-        h_new, c_new = CELLS[cell](input_gates[t], hidden_gates, (h_before, c_before), *own)
+        h_new, c_new = CELLS[cell](input_gates[t], product(h_before), (h_before, c_before), *own)
         if weights.weight_hr is not None:
             h_new = F.linear(h_new, weights.weight_hr)
         if lengths is None:

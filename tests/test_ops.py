@@ -346,7 +346,7 @@ def shares_a_size(name: str, message: str) -> bool:
     return name in ("input", "weight_hh") and "Expected " in message and " of shape " in message
 
 
-@pytest.mark.parametrize("cell", ["rnn_tanh", "rnn_relu", "gru"])
+@pytest.mark.parametrize("cell", [c for c in CELLS if not ops.CELLS[c].has_c])
 @pytest.mark.parametrize("name", ["states", "weight_hr", "want_cells"])
 def test_arguments_a_cell_does_not_have_are_refused(cell: str, name: str) -> None:
     given = forward_arguments(cell)
@@ -357,7 +357,7 @@ def test_arguments_a_cell_does_not_have_are_refused(cell: str, name: str) -> Non
         ops.forward_op(cell)(**given)
 
 
-@pytest.mark.parametrize("cell", ["rnn_tanh", "rnn_relu", "gru"])
+@pytest.mark.parametrize("cell", [c for c in CELLS if not ops.CELLS[c].has_c])
 @pytest.mark.parametrize("name", ["grad_c_n", "grad_cells"])
 def test_gradients_a_cell_does_not_have_are_refused(cell: str, name: str) -> None:
     given = backward_arguments(cell)
@@ -549,7 +549,7 @@ def test_tanh_is_accurate(dtype: torch.dtype, H: int, device: str) -> None:
         assert (unit.sign() == x.sign())[~x.isnan()].all()
 
 
-@pytest.mark.parametrize("cell", ["rnn_tanh", "rnn_relu", "lstm", "gru"])
+@pytest.mark.parametrize("cell", ["rnn_tanh", "rnn_relu", "lstm", "gru", "gru_reset_before"])
 def test_zero_stays_positive(cell: str, device: str) -> None:
     """As in torch: nothing in, nothing out, and not minus nothing."""
     given = forward_arguments(cell, "bare", H=17, device=device)
