@@ -22,8 +22,11 @@ class _Options:
     """The options that make another cell, as layers have them that were saved before there were."""
 
     peephole = coupled = False
+    reset_after = True
     num_heads = 1
-    _DEFAULTS: ClassVar = {"peephole": False, "coupled": False, "num_heads": 1}
+    _DEFAULTS: ClassVar = {
+        "peephole": False, "coupled": False, "reset_after": True, "num_heads": 1,
+    }  # fmt: skip
 
     def extra_repr(self) -> str:
         chosen = {name: getattr(self, name) for name in self._DEFAULTS}
@@ -32,9 +35,16 @@ class _Options:
             f", {name}={value}" for name, value in chosen.items() if value != self._DEFAULTS[name]
         )
 
-    def _set_options(self, num_heads: int, peephole: bool = False, coupled: bool = False) -> bool:
-        """Checks and keeps the options; whether one of them is not at its default."""
-        for name, value in (("peephole", peephole), ("coupled", coupled)):
+    def _set_options(
+        self,
+        num_heads: int,
+        peephole: bool = False,
+        coupled: bool = False,
+        reset_after: bool = True,
+    ) -> bool:
+        """Checks and keeps the options; whether they ask for other weights than torch.nn's."""
+        flags = {"peephole": peephole, "coupled": coupled, "reset_after": reset_after}
+        for name, value in flags.items():
             if not isinstance(value, bool):
                 raise TypeError(f"{name} should be of type bool, got: {type(value).__name__}")
         if not isinstance(num_heads, int) or isinstance(num_heads, bool):
@@ -46,6 +56,7 @@ class _Options:
                 f"{num_heads} and hidden_size={hidden_size}"
             )
         self.peephole, self.coupled, self.num_heads = peephole, coupled, num_heads
+        self.reset_after = reset_after
         return peephole or coupled or num_heads > 1
 
 
@@ -328,14 +339,25 @@ class GRU(_Layer):
 
     Arguments and parameters as :class:`RNN` without ``nonlinearity``; weights hold the gates in the
     order r, z, n: ``weight_ih_l{k}`` (3 * hidden_size, input) and so on.
+
+    Args:
+        reset_after: False for the paper's own form (Keras's ``reset_after=False``), the reset gate
+            applied to h before the product, with the same parameters:
+
+            .. math:: n = \tanh(W_{in} x_t + b_{in} + W_{hn} (r h_{t-1}) + b_{hn})
     """
 
-    def __init__(self, *args: Any, num_heads: int = 1, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, reset_after: bool = True, num_heads: int = 1, **kwargs: Any
+    ) -> None:
         if "proj_size" in kwargs:
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
         super().__init__("GRU", *args, **kwargs)
-        if self._set_options(num_heads):
+        if self._set_options(num_heads, reset_after=reset_after):
             self._set_weights()
+
+    def _cell(self) -> str:
+        return functional.gru_cell(self.reset_after)
 
     forward = RNN.forward
 
@@ -532,7 +554,7 @@ class GRUCell(_Cell):
     """One timestep of a GRU; drop-in for :class:`torch.nn.GRUCell`.
 
     Args:
-        input_size, hidden_size, bias: as :class:`GRU`.
+        input_size, hidden_size, bias, reset_after, num_heads: as :class:`GRU`.
     """
 
     def __init__(
@@ -543,16 +565,18 @@ class GRUCell(_Cell):
         device: Any = None,
         dtype: Any = None,
         *,
+        reset_after: bool = True,
         num_heads: int = 1,
     ) -> None:
         super().__init__(input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype)
-        if self._set_options(num_heads):
-            self._set_weights("gru")
+        if self._set_options(num_heads, reset_after=reset_after):
+            self._set_weights(functional.gru_cell(reset_after))
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """input (B, input_size) and hx (B, hidden_size), or both without B; returns h' like hx."""
         self._check_state_dim("hidden", hx)
-        return self._step("gru", input, None if hx is None else (hx,))[0]
+        cell = functional.gru_cell(self.reset_after)
+        return self._step(cell, input, None if hx is None else (hx,))[0]
 
 
 class LSTMCell(_Cell):

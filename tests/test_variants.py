@@ -42,6 +42,8 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("RNN", {"num_heads": 2, "nonlinearity": "relu"}),
     ("GRU", {"num_heads": 3}),
     ("GRU", {"num_heads": 18}),
+    ("GRU", {"reset_after": False}),
+    ("GRU", {"reset_after": False, "num_heads": 3}),
 ]
 every_variant = pytest.mark.parametrize(
     "name, options",
@@ -211,7 +213,8 @@ def test_defaults_leave_the_layer_as_it_is(name):
     torch.manual_seed(0)
     plain = getattr(torch.nn, name)(I, H, 2)
     torch.manual_seed(0)
-    ours = make(name, I, H, 2, **({"peephole": False, "coupled": False} if name == "LSTM" else {}))
+    defaults = {"LSTM": {"peephole": False, "coupled": False}, "GRU": {"reset_after": True}}
+    ours = make(name, I, H, 2, **defaults.get(name, {}))
     assert list(plain.state_dict()) == list(ours.state_dict())
     for a, b in zip(plain.parameters(), ours.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -257,18 +260,19 @@ def test_heads_are_a_block_diagonal_recurrence(name, bidirectional):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
-BOTH_LSTMS = pytest.mark.parametrize("name", ["LSTM", "LSTMCell"])
 EVERY_CLASS = pytest.mark.parametrize(
     "name", ["RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell"]
 )
 
 
-@BOTH_LSTMS
-@pytest.mark.parametrize("option", ["peephole", "coupled"])
+@pytest.mark.parametrize("suffix", ["", "Cell"])
+@pytest.mark.parametrize(
+    "name, option", [("LSTM", "peephole"), ("LSTM", "coupled"), ("GRU", "reset_after")]
+)
 @pytest.mark.parametrize("value", [1, None, "yes"])
-def test_options_of_another_type_are_refused(name, option, value):
+def test_options_of_another_type_are_refused(name, suffix, option, value):
     with pytest.raises(TypeError, match=f"{option} should be of type bool, got: "):
-        make(name, **{option: value})
+        make(name + suffix, **{option: value})
 
 
 @EVERY_CLASS
@@ -286,11 +290,28 @@ def test_heads_with_a_projection_are_refused():
         make("LSTM", num_heads=3, proj_size=6)
 
 
-@pytest.mark.parametrize("name", ["RNN", "GRU", "RNNCell", "GRUCell"])
-@pytest.mark.parametrize("option", ["peephole", "coupled"])
-def test_options_of_lstm_are_refused_elsewhere(name, option):
-    with pytest.raises(TypeError, match=option):
-        make(name, **{option: True})
+@pytest.mark.parametrize(
+    "option, names",
+    [("peephole", ("RNN", "GRU")), ("coupled", ("RNN", "GRU")), ("reset_after", ("RNN", "LSTM"))],
+)
+def test_options_are_refused_where_they_mean_nothing(option, names):
+    for name in (*names, *(f"{name}Cell" for name in names)):
+        with pytest.raises(TypeError, match=option):
+            make(name, **{option: True})
+
+
+def test_a_reset_gate_of_one_makes_no_difference():
+    """r = 1, whichever way it is applied; and the initial values are the same."""
+    torch.manual_seed(0)
+    plain = make("GRU", dtype=torch.float64)
+    torch.manual_seed(0)
+    layer = make("GRU", dtype=torch.float64, reset_after=False)
+    x, hx = dyadic(T, B, I), states(layer, B)
+    assert (layer(x, hx)[0] - plain(x, hx)[0]).abs().max() > 1e-3
+    with torch.no_grad():
+        for gru in (plain, layer):
+            gru.bias_ih_l0[:H] = 100
+    torch.testing.assert_close(layer(x, hx)[0], plain(x, hx)[0], rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize(
