@@ -36,6 +36,7 @@ OPTIONS = ("bfloat16", "lengths", "resets", "packed", "one thread")
 VARIANTS: dict[str, tuple[dict[str, Any], Sequence[str]]] = {
     "peephole": ({"peephole": True}, ("LSTM",)),
     "coupled": ({"coupled": True}, ("LSTM",)),
+    "reset before": ({"reset_after": False}, ("GRU",)),
     "heads": ({"num_heads": 4}, ("LSTM", "GRU", "RNN")),
 }
 VARIANT_SHAPE = Shape(128, 16, 128, 128)

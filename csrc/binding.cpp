@@ -57,13 +57,13 @@ struct CellTraits {
   CellIndex index;
   const char* name;
   int64_t gates, saved, unit_weights;
-  bool has_c, split_gates, reads_h;
+  bool has_c, split_gates, reads_h, late_gate;
 };
 
 constexpr CellTraits cell_traits[] = {
-#define FUSED_RNN_TRAITS(name, cell)                                \
-  {CellIndex::name,    #name,       cell::gates,       cell::saved, \
-   cell::unit_weights, cell::has_c, cell::split_gates, cell::reads_h},
+#define FUSED_RNN_TRAITS(name, cell)                                                               \
+  {CellIndex::name,   #name,         cell::gates,    cell::saved, cell::unit_weights, cell::has_c, \
+   cell::split_gates, cell::reads_h, cell::late_gate},
     FUSED_RNN_FOR_EACH_CELL(FUSED_RNN_TRAITS)};
 
 const CellTraits& traits(CellIndex index) { return cell_traits[static_cast<int>(index)]; }
@@ -304,9 +304,11 @@ void on_cpu(const Tensor& like, const Run& run) {
 #ifdef FUSED_RNN_PER_STEP
 // A matrix product on prepared operands: the per_step engine runs the same one at every timestep.
 std::function<void()> prepare_product(const cuda::Product& p, const Tensor& like) {
-  const auto matrix = [&](const void* data, int64_t rows, int64_t columns, bool transposed) {
+  const auto matrix = [&](const void* data, int64_t rows, int64_t columns, bool transposed,
+                          int64_t lane_stride = 0) {
     std::vector<int64_t> sizes{p.lanes, rows, columns};
-    std::vector<int64_t> strides{rows * columns, transposed ? 1 : columns, transposed ? rows : 1};
+    std::vector<int64_t> strides{lane_stride ? lane_stride : rows * columns,
+                                 transposed ? 1 : columns, transposed ? rows : 1};
     if (p.lanes == 1) {
       sizes.erase(sizes.begin());
       strides.erase(strides.begin());
@@ -314,8 +316,9 @@ std::function<void()> prepare_product(const cuda::Product& p, const Tensor& like
     return torch::stable::from_blob(const_cast<void*>(data), sizes, strides, like.device(),
                                     like.scalar_type());
   };
-  return [op = p.lanes == 1 ? "aten::mm" : "aten::bmm", a = matrix(p.a, p.m, p.k, false),
-          b = matrix(p.b, p.k, p.n, p.transpose_b), out = matrix(p.out, p.m, p.n, false)] {
+  const Tensor b = matrix(p.b, p.k, p.n, p.transpose_b, p.b_stride);
+  return [op = p.lanes == 1 ? "aten::mm" : "aten::bmm", a = matrix(p.a, p.m, p.k, false), b,
+          out = matrix(p.out, p.m, p.n, false)] {
     std::array<StableIValue, 3> stack{torch::stable::detail::from(a),
                                       torch::stable::detail::from(b),
                                       torch::stable::detail::from(out)};
@@ -1380,6 +1383,7 @@ PYBIND11_MODULE(_C, module) {
           traits["has_c"] = cell.has_c;
           traits["split_gates"] = cell.split_gates;
           traits["reads_h"] = cell.reads_h;
+          traits["late_gate"] = cell.late_gate;
           cells[cell.name] = traits;
         }
         return cells;

@@ -7,6 +7,9 @@
 //   c (H)        likewise, compute type
 //   d_gates (G*H), d_h (P), d_c (H) on the way back: gradients that reach the step before; zero where
 //                a reset cut the row.
+// and within a step of a cell with a late gate
+//   read (H)     what that gate's product reads
+//   early (E*H)  the E = G - 1 gates before it, compute type
 //
 // Around a Varied cell (Variation in params.h) there is more to a step:
 //
@@ -156,6 +159,7 @@ HOST_DEVICE V previous_state(const Shape& p, const RowStep& row, const void* ini
       initial ? state_at<S>(initial, p.B, width, row.lane, row.b) + unit : nullptr, n);
 }
 
+// The h before a step, as the caller saw it.
 template <class S, class V, class Params>
 HOST_DEVICE V previous_hidden(const Params& p, const RowStep& row, int64_t unit, int64_t n) {
   return previous_state<S, V>(p, row, p.hx, p.P, unit, n, [&](int64_t t) {
@@ -184,6 +188,19 @@ HOST_DEVICE void emit_hidden(const ForwardParams& p, const RowStep& row, int64_t
   if constexpr (varied) rounded = rounded * factors.keep;
   Memory<V>::store(row.next_resets ? V(0) : rounded, h_state, n);
   if (row.last) Memory<V>::store(h, state_at<S>(p.h_n, p.B, p.P, row.lane, row.b) + unit, n);
+}
+
+// The early gates of a cell with a late one, at the `n` units that prev_h, early and read point at; of
+// early the gates are early_stride apart.
+template <class Cell, class S, class V, class HiddenState>
+HOST_DEVICE void forward_early_units(int64_t n, const V* input_gates, const V* hidden_gates,
+                                     const HiddenState* prev_h, Compute<S>* early,
+                                     int64_t early_stride, HiddenState* read) {
+  const State<V> prev{Memory<V>::load(prev_h, n), V(0)};
+  V saved[Cell::saved];
+  Cell::forward_early(input_gates, hidden_gates, saved);
+  Memory<V>::store(Cell::read(saved, prev), read, n);
+  for (int g = 0; g < Cell::gates - 1; ++g) Memory<V>::store(saved[g], early + g * early_stride, n);
 }
 
 // What the cell gave at `n` units, next, on its way to where it is kept.
@@ -236,12 +253,13 @@ HOST_DEVICE V saved_value(const BackwardParams& p, const RowStep& row, int64_t u
 
 // The cell at `n` units from `unit`. prev_h, c_state and h_state point at those units of the engine's
 // state; with a projection h_state is the buffer of unprojected values that the second product reads.
-// weight_ch is the lane's.
+// weight_ch is the lane's. With a late gate, early is what forward_early_units left.
 template <class Cell, class S, class V, class HiddenState>
 HOST_DEVICE void forward_units(const ForwardParams& p, const RowStep& row, int64_t unit, int64_t n,
                                const V* input_gates, const V* hidden_gates, const void* weight_ch,
                                const HiddenState* prev_h, Compute<S>* c_state, HiddenState* h_state,
-                               const Factors<V>& factors = {}) {
+                               const Factors<V>& factors = {}, const Compute<S>* early = nullptr,
+                               int64_t early_stride = 0) {
   State<V> prev{V(0), V(0)}, next{V(0), V(0)};
   if constexpr (Cell::reads_prev_h) {
     if constexpr (is_varied<Cell>)
@@ -251,6 +269,9 @@ HOST_DEVICE void forward_units(const ForwardParams& p, const RowStep& row, int64
   }
   if constexpr (Cell::has_c) prev.c = Memory<V>::load(c_state, n);
   V saved[Cell::saved > 0 ? Cell::saved : 1];
+  if constexpr (Cell::late_gate)
+    for (int g = 0; g < Cell::gates - 1; ++g)
+      saved[g] = Memory<V>::load(early + g * early_stride, n);
   const UnitWeights<Cell, V> weights(static_cast<const S*>(weight_ch), p.H, unit, n);
   Cell::forward(input_gates, hidden_gates, weights.values, prev, next, saved);
   save_values<S>(p, row, unit, n, saved, 0, Cell::saved);
@@ -402,6 +423,37 @@ HOST_DEVICE void backward_c_units(const BackwardParams& p, const RowStep& row, i
   Cell::backward_c(saved, weights.values, prev, d_c, d_gates, d_weight_ch, d_prev);
   d_prev.c = d_prev.c + Memory<V>::load(d_c_state, n);
   Memory<V>::store(row.reset ? V(0) : d_prev.c, d_c_state, n);
+}
+
+// What the late gate's product read at `n` units from `unit`. keep is that of Factors.
+template <class Cell, class S, class V>
+HOST_DEVICE V read_units(const BackwardParams& p, const RowStep& row, int64_t unit, int64_t n,
+                         V keep) {
+  State<V> prev{previous_hidden<S, V>(p, row, unit, n), V(0)};
+  if constexpr (is_varied<Cell>) prev.h = prev.h * keep;
+  V saved[Cell::gates - 1];
+  for (int i = 0; i < Cell::gates - 1; ++i) saved[i] = saved_value<S, V>(p, row, unit, n, i);
+  return Cell::read(saved, prev);
+}
+
+// The rest of it for a cell with a late gate, once the product of that gate's gradient has given d_read:
+// returns the gradient of the first gate, and adds to d_h_state what flows through read. If row.reset,
+// d_read has to be zero.
+template <class Cell, class S, class V>
+HOST_DEVICE V backward_early_units(const BackwardParams& p, const RowStep& row, int64_t unit,
+                                   int64_t n, V d_read, Compute<S>* d_h_state, V keep) {
+  State<V> prev{previous_hidden<S, V>(p, row, unit, n), V(0)}, d_prev{V(0), V(0)};
+  const V passed_by = Memory<V>::load(d_h_state, n);
+  if constexpr (is_varied<Cell>)
+    prev.h = prev.h * keep;
+  else
+    d_prev.h = passed_by;
+  V saved[Cell::saved];
+  for (int i = 0; i < Cell::saved; ++i) saved[i] = saved_value<S, V>(p, row, unit, n, i);
+  const V d_gate = Cell::backward_early(saved, prev, d_read, d_prev);
+  if constexpr (is_varied<Cell>) d_prev.h = passed_by + d_prev.h * keep;
+  Memory<V>::store(d_prev.h, d_h_state, n);
+  return d_gate;
 }
 
 }  // namespace fused_rnn

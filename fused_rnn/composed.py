@@ -124,7 +124,15 @@ def backward(
     previous = _previous_hidden(output, hx, lengths, resets, directions)
     for lane in range(lanes):
         d_hidden = d_hidden_gates[:, :, lane].reshape(T * B, gate_rows)
-        results += [d_weight_ih[lane], d_hidden.t() @ previous[lane]]
+        if cell.late_gate:
+            H = gate_rows // cell.gates
+            early, late = d_hidden.t().split([gate_rows - H, H])
+            # What the late gate's product read: the first gate times h (csrc/cells/cell.h).
+            read = previous[lane] * reserve[:, :, lane, :H].reshape(T * B, H)
+            d_weight_hh = torch.cat([early @ previous[lane], late @ read])
+        else:
+            d_weight_hh = d_hidden.t() @ previous[lane]
+        results += [d_weight_ih[lane], d_weight_hh]
         if has_biases:
             results += [d_bias_ih[lane], d_bias_hh[lane]]
         if weight_hr:

@@ -87,18 +87,19 @@ def gru(
     *,
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
+    reset_after: bool = True,
     layer_norm: bool | str = False,
     zoneout: float = 0.0,
     recurrent_dropout: float = 0.0,
     weight_dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Gated recurrent unit (Cho et al. 2014, reset after the product) over a sequence.
+    """Gated recurrent unit (Cho et al. 2014) over a sequence, ``reset_after`` as ``fused_rnn.GRU``.
 
     Arguments as ``lstm``, hx (num_layers * D, B, H). Returns output (T, B, D * H), h_n.
     """
     output, h_n = run(
-        "gru", input, () if hx is None else (hx,), params, has_biases, num_layers, dropout, train,
-        bidirectional, batch_first, lengths, resets,
+        gru_cell(reset_after), input, () if hx is None else (hx,), params, has_biases, num_layers,
+        dropout, train, bidirectional, batch_first, lengths, resets,
         options=check_options(False, layer_norm, zoneout, recurrent_dropout, weight_dropout),
     )  # fmt: skip
     return output, h_n
@@ -138,6 +139,11 @@ def rnn(
 def lstm_cell(peephole: bool, coupled: bool) -> str:
     """The cell in ``ops.CELLS`` of an LSTM."""
     return "lstm" + "_coupled" * coupled + "_peephole" * peephole
+
+
+def gru_cell(reset_after: bool) -> str:
+    """The cell in ``ops.CELLS`` of a GRU."""
+    return "gru" if reset_after else "gru_reset_before"
 
 
 def rnn_cell(nonlinearity: str) -> str:
@@ -371,7 +377,7 @@ def run(
             final[2] = cells.transpose(0, 1) if batch_first else cells
         if batch_first:
             output = output.transpose(0, 1)
-        if given is not None and cell == "gru" and input.is_cpu:
+        if given is not None and cell.startswith("gru") and input.is_cpu:
             # Under autocast on the CPU torch.nn's GRU (and its GRUCell and LSTMCell) end in ops
             # that autocast leaves alone, so that their results have the dtype of the states given.
             output, final = output.to(given), [final[0].to(given)]

@@ -26,7 +26,7 @@ def from_keras(weights: Sequence[Any], *, reset_after: bool = True) -> dict[str,
         weights: what the Keras layer's ``get_weights()`` returns, arrays or tensors: kernel,
             recurrent_kernel and, unless ``use_bias=False``, bias; of a Bidirectional layer those of
             the forward direction, then those of the backward one.
-        reset_after: the argument of Keras's GRU. Only its default, True, can be loaded.
+        reset_after: the argument of Keras's GRU; our GRU has to be made with the same.
 
     Returns:
         The state_dict of a layer with ``input_size`` I, ``hidden_size`` H, one layer, and the
@@ -35,8 +35,6 @@ def from_keras(weights: Sequence[Any], *, reset_after: bool = True) -> dict[str,
     Raises:
         ValueError: the shapes are not those of such a layer; the message names the weight.
     """
-    if not reset_after:
-        raise ValueError("Expected reset_after=True: fused_rnn.GRU has no other form yet")
     tensors = [torch.as_tensor(weight) for weight in weights]
     each = {2: 2, 3: 3, 4: 2, 6: 3}.get(len(tensors), 0)
     if not each:
@@ -47,12 +45,12 @@ def from_keras(weights: Sequence[Any], *, reset_after: bool = True) -> dict[str,
         )
     state: dict[str, Tensor] = {}
     for suffix, first in zip(("_l0", "_l0_reverse"), range(0, len(tensors), each), strict=False):
-        direction = _direction(tensors[first : first + each])
+        direction = _direction(tensors[first : first + each], reset_after)
         state |= {name + suffix: tensor for name, tensor in direction.items()}
     return state
 
 
-def _direction(weights: Sequence[Tensor]) -> dict[str, Tensor]:
+def _direction(weights: Sequence[Tensor], reset_after: bool) -> dict[str, Tensor]:
     kernel, recurrent, *bias = weights
     H = recurrent.shape[0] if recurrent.dim() == 2 else 0
     gates = recurrent.shape[1] // H if H else 0
@@ -73,10 +71,11 @@ def _direction(weights: Sequence[Tensor]) -> dict[str, Tensor]:
 
     found = {"weight_ih": ours(kernel.t()), "weight_hh": ours(recurrent.t())}
     if bias:
-        expected = (2, gates * H) if gates == 3 else (gates * H,)
+        two = gates == 3 and reset_after
+        expected = (2, gates * H) if two else (gates * H,)
         if tuple(bias[0].shape) != expected:
-            hint = "; a GRU with reset_after=False cannot be loaded" if gates == 3 else ""
-            raise ValueError(f"Expected bias of shape {expected}, got {tuple(bias[0].shape)}{hint}")
-        both = bias[0] if gates == 3 else torch.stack([bias[0], torch.zeros_like(bias[0])])
+            hint = f" for a GRU with reset_after={reset_after}" if gates == 3 else ""
+            raise ValueError(f"Expected bias of shape {expected}{hint}, got {tuple(bias[0].shape)}")
+        both = bias[0] if two else torch.stack([bias[0], torch.zeros_like(bias[0])])
         found |= {"bias_ih": ours(both[0]), "bias_hh": ours(both[1])}
     return found

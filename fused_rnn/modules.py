@@ -26,6 +26,7 @@ class _Options:
 
     _has_c = False  # whether there is a c beside h
     peephole = coupled = False
+    reset_after = True
     num_heads = 1
     layer_norm: bool | str = False
     zoneout: float | tuple[float, float] = 0.0
@@ -33,6 +34,7 @@ class _Options:
     _DEFAULTS: ClassVar = {
         "peephole": False,
         "coupled": False,
+        "reset_after": True,
         "num_heads": 1,
         "layer_norm": False,
         "zoneout": 0.0,
@@ -63,6 +65,11 @@ class _Options:
                 f"{heads} and hidden_size={hidden_size}"
             )
         options = self._options()
+        if options and options.layer_norm and not self.reset_after:
+            raise ValueError(
+                "layer_norm should be False with reset_after=False, where the gates of W_hh h are "
+                f"not there at one time, got layer_norm={self.layer_norm!r}"
+            )
         self.layer_norm = LAYER_NORMS[options.layer_norm if options else 0]
         return self.peephole or self.coupled or heads > 1 or self.layer_norm is not False
 
@@ -396,11 +403,18 @@ class GRU(_Layer):
 
     Arguments and parameters as :class:`RNN` without ``nonlinearity``; weights hold the gates in the
     order r, z, n: ``weight_ih_l{k}`` (3 * hidden_size, input) and so on.
+
+    Args:
+        reset_after: False for the paper's own form (Keras's ``reset_after=False``), the reset gate
+            applied to h before the product, with the same parameters:
+
+            .. math:: n = \tanh(W_{in} x_t + b_{in} + W_{hn} (r h_{t-1}) + b_{hn})
     """
 
     def __init__(
         self,
         *args: Any,
+        reset_after: bool = True,
         num_heads: int = 1,
         layer_norm: bool | str = False,
         zoneout: float = 0.0,
@@ -412,10 +426,13 @@ class GRU(_Layer):
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
         super().__init__("GRU", *args, **kwargs)
         if self._set_options(
-            num_heads=num_heads, layer_norm=layer_norm, zoneout=zoneout,
-            recurrent_dropout=recurrent_dropout, weight_dropout=weight_dropout,
+            reset_after=reset_after, num_heads=num_heads, layer_norm=layer_norm,
+            zoneout=zoneout, recurrent_dropout=recurrent_dropout, weight_dropout=weight_dropout,
         ):  # fmt: skip
             self._set_weights()
+
+    def _cell(self) -> str:
+        return functional.gru_cell(self.reset_after)
 
     forward = RNN.forward
 
@@ -623,7 +640,7 @@ class GRUCell(_Cell):
     """One timestep of a GRU; drop-in for :class:`torch.nn.GRUCell`.
 
     Args:
-        input_size, hidden_size, bias, num_heads, layer_norm, zoneout: as :class:`GRU`.
+        input_size, hidden_size, bias, reset_after, num_heads, layer_norm, zoneout: as :class:`GRU`.
     """
 
     def __init__(
@@ -634,18 +651,22 @@ class GRUCell(_Cell):
         device: Any = None,
         dtype: Any = None,
         *,
+        reset_after: bool = True,
         num_heads: int = 1,
         layer_norm: bool | str = False,
         zoneout: float = 0.0,
     ) -> None:
         super().__init__(input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype)
-        if self._set_options(num_heads=num_heads, layer_norm=layer_norm, zoneout=zoneout):
-            self._set_weights("gru")
+        if self._set_options(
+            reset_after=reset_after, num_heads=num_heads, layer_norm=layer_norm, zoneout=zoneout
+        ):
+            self._set_weights(functional.gru_cell(reset_after))
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """input (B, input_size) and hx (B, hidden_size), or both without B; returns h' like hx."""
         self._check_state_dim("hidden", hx)
-        return self._step("gru", input, None if hx is None else (hx,))[0]
+        cell = functional.gru_cell(self.reset_after)
+        return self._step(cell, input, None if hx is None else (hx,))[0]
 
 
 class LSTMCell(_Cell):

@@ -29,6 +29,7 @@ class CellTraits(NamedTuple):
     has_c: bool  # whether there is a cell state beside h
     split_gates: bool  # whether the gradients of input and hidden gates differ
     reads_h: bool  # whether backward reads the h that the cell gave
+    late_gate: bool  # whether the last gate's product reads h times the first gate
 
     def norms(self, layer_norm: int) -> tuple[str, ...]:
         """What is normalised: each has a weight and a bias."""

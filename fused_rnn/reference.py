@@ -137,7 +137,29 @@ def gru(input_gates: Tensor, hidden_gates: Tensor, state: State) -> State:
     return (1 - z) * n + z * h, None
 
 
-# Cells with weights of their own take them as a last argument.
+def gru_reset_before(
+    input_gates: Tensor,
+    hidden_gates: Tensor,
+    state: State,
+    product: Callable[[Tensor], Tensor],
+) -> State:
+    """Cho et al. 2014 (arXiv 1406.1078), eq. 5 to 8: the reset gate before the product.
+
+    r = sigmoid(W_ir x + b_ir + W_hr h + b_hr), z likewise, n = tanh(W_in x + b_in + W_hn (r h) +
+    b_hn), h' = (1 - z) n + z h. ``product`` is that of ``hidden_gates``, weight_hh h + bias_hh.
+    """
+    h, _ = state
+    input_r, input_z, input_n = input_gates.chunk(3, dim=-1)
+    hidden_r, hidden_z, _ = hidden_gates.chunk(3, dim=-1)
+    r = torch.sigmoid(input_r + hidden_r)
+    z = torch.sigmoid(input_z + hidden_z)
+    _, _, hidden_n = product(r * h).chunk(3, dim=-1)
+    n = torch.tanh(input_n + hidden_n)
+    return (1 - z) * n + z * h, None
+
+
+# Cells with weights of their own take them as a last argument, and so does gru_reset_before its
+# second product.
 CELLS: dict[str, Callable[..., State]] = {
     "rnn_tanh": rnn_tanh,
     "rnn_relu": rnn_relu,
@@ -146,6 +168,7 @@ CELLS: dict[str, Callable[..., State]] = {
     "lstm_coupled": lstm_coupled,
     "lstm_coupled_peephole": lstm_coupled_peephole,
     "gru": gru,
+    "gru_reset_before": gru_reset_before,
 }
 
 
@@ -250,7 +273,14 @@ def direction(
     """
     T = input.shape[0]
     h, c = hx, cx
-    own = () if weights.weight_ch is None else (weights.weight_ch,)
+
+    def product(h: Tensor) -> Tensor:
+        read = h if factors.keep is None else h * factors.keep
+        return recurrent_product(read, weights.weight_hh)
+
+    own: tuple[Any, ...] = () if weights.weight_ch is None else (weights.weight_ch,)
+    if cell == "gru_reset_before":
+        own = (lambda h: product(h) + (0 if weights.bias_hh is None else weights.bias_hh),)
     through = {} if weights.ln_c_weight is None else {"through": normalised_cell(weights)}
     input_product = F.linear(mask_beyond(input, lengths), weights.weight_ih)
     zone_h, zone_c = (
@@ -265,10 +295,7 @@ def direction(
             keep = ~resets[t].unsqueeze(-1)
             h_before = torch.where(keep, h, torch.zeros_like(h))
             c_before = None if c is None else torch.where(keep, c, torch.zeros_like(c))
-        h_read = h_before if factors.keep is None else h_before * factors.keep
-        input_gates, hidden_gates = normalised_gates(
-            weights, input_product[t], recurrent_product(h_read, weights.weight_hh)
-        )
+        input_gates, hidden_gates = normalised_gates(weights, input_product[t], product(h_before))
         h_new, c_new = CELLS[cell](input_gates, hidden_gates, (h_before, c_before), *own, **through)
         if weights.weight_hr is not None:
             h_new = F.linear(h_new, weights.weight_hr)
@@ -467,11 +494,11 @@ def chosen(
     Rows, the last dimension of ``shape``, are made of blocks of 64: element 16 j + i of a block has
     word j of the block's i-th position.
     """
-    *rows, n = shape
-    blocks = -(-n // 64)
-    position = torch.arange(math.prod(rows) * blocks * 16, device=device)
+    *outer, n = shape
+    rows, blocks = math.prod(outer), -(-n // 64)
+    position = torch.arange(rows * blocks * 16, device=device)
     words = torch.stack(philox(seed, position.view(-1, 16), stream), dim=1)
-    return (words.view(-1, blocks * 64)[:, :n] < int(p * 2**32)).view(*shape)
+    return (words.view(rows, blocks * 64)[:, :n] < int(p * 2**32)).view(*shape)
 
 
 def dropout_factors(

@@ -5,6 +5,9 @@
 
 #include "cells/cells.h"
 
+// W_hh for a late gate, of a single unit.
+extern "C" const double late_weight = 0.75;
+
 namespace {
 
 template <class T, int N>
@@ -35,10 +38,16 @@ void copy_state(const fused_rnn::State<T>& from, double* to) {
 template <class Cell, class T>
 void forward(const double* inputs, const double* hidden, const double* weights, const double* prev,
              double* next, double* saved) {
-  const Values<T, Cell::gates> input_gates(inputs), hidden_gates(hidden);
+  Values<T, Cell::gates> input_gates(inputs), hidden_gates(hidden);
   const Values<T, Cell::unit_weights> own(weights);
   Values<T, Cell::saved> kept;
   fused_rnn::State<T> after{NAN, NAN};
+  if constexpr (Cell::late_gate) {
+    constexpr int late = Cell::gates - 1;
+    Cell::forward_early(input_gates.v, hidden_gates.v, kept.v);
+    hidden_gates.v[late] += T(late_weight) * Cell::read(kept.v, state<T>(prev));
+    for (int k = 0; k < late; ++k) input_gates.v[k] = hidden_gates.v[k] = NAN;
+  }
   Cell::forward(input_gates.v, hidden_gates.v, own.v, state<T>(prev), after, kept.v);
   copy_state(after, next);
   kept.copy_to(saved);
@@ -55,6 +64,11 @@ void backward(const double* saved, const double* weights, const double* prev, co
   fused_rnn::State<T> d_before{NAN, NAN};
   Cell::backward(kept.v, own.v, state<T>(prev), state<T>(next), state<T>(d_next), d_input_gates.v,
                  d_hidden_gates.v, d_own.v, d_before);
+  if constexpr (Cell::late_gate) {
+    const T d_read = T(late_weight) * d_hidden_gates.v[Cell::gates - 1];
+    d_input_gates.v[0] = Cell::backward_early(kept.v, state<T>(prev), d_read, d_before);
+    d_hidden_gates.v[0] = d_input_gates.v[0];
+  }
   d_own.copy_to(d_weights);
   d_input_gates.copy_to(d_inputs);
   d_hidden_gates.copy_to(d_hidden);

@@ -271,12 +271,12 @@ def by_reference(cell: str, layer: Any) -> Callable[..., Any]:
             return t.transpose(0, 1) if layer.batch_first else t
 
         x = time_major(input)
+        weights, factors = draw(layer, *x.shape[:2], x)  # before the states below draw
         if hx is None:
             zeros = states(layer, x.shape[1], dtype=x.dtype, device=x.device)
             zero = map(torch.zeros_like, as_tuple(zeros))
             hx = tuple(zero) if isinstance(zeros, tuple) else next(zero)
         h, c = (*as_tuple(hx), None)[:2]
-        weights, factors = draw(layer, *x.shape[:2], x)
         output, h_n, c_n, cells = reference.stacked(
             cell,
             x,

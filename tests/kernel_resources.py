@@ -24,7 +24,7 @@ BASELINE = Path(__file__).with_suffix(".json")
 TARGETS = {"sm_80": "compute_80", "sm_90a": "compute_90a", "sm_100": "compute_100"}
 UPDATE = "If this is deliberate: python tests/kernel_resources.py --update"
 
-# What types are called in kernel names; c is for coupled, p for peephole.
+# What types are called in kernel names; c is for coupled, p for peephole, rb for reset before.
 TYPES = {
     "double": "fp64",
     "float": "fp32",
@@ -37,6 +37,7 @@ TYPES = {
     "LstmCell<true, false>": "lstm_c",
     "LstmCell<true, true>": "lstm_cp",
     "Gru": "gru",
+    "GruResetBefore": "gru_rb",
 }
 
 

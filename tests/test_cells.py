@@ -7,6 +7,7 @@ the deletion must be noticed.
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 import re
 import shutil
@@ -17,6 +18,7 @@ from pathlib import Path
 import native
 import pytest
 import torch
+from torch import Tensor
 
 from fused_rnn import ops, reference
 
@@ -43,6 +45,12 @@ def nans(n: int) -> ctypes.Array:
 TOLERANCE = {"double": 1e-14, "float": 4e-6}  # the reference runs in double
 
 
+def second_product(library: ctypes.CDLL, hidden: Tensor, read: Tensor) -> Tensor:
+    """What ``reference`` takes of a cell with a late gate: that gate has one recurrent weight."""
+    weight = ctypes.c_double.in_dll(library, "late_weight").value
+    return torch.cat([hidden[:-1], hidden[-1:] + weight * read])
+
+
 def errors(library: ctypes.CDLL, cell: str, scalar: str) -> float:
     """The largest deviation of a cell's values and gradients from the reference's."""
     traits = ops.CELLS[cell]
@@ -54,8 +62,9 @@ def errors(library: ctypes.CDLL, cell: str, scalar: str) -> float:
             for n in (traits.gates, traits.gates, traits.unit_weights, 2, 2)
         )
         own = (weights,) if traits.unit_weights else ()
+        second = (functools.partial(second_product, library, hidden),) if traits.late_gate else ()
         h, c = state[:1], state[1:] if traits.has_c else None
-        next_h, next_c = reference.CELLS[cell](inputs, hidden, (h, c), *own)
+        next_h, next_c = reference.CELLS[cell](inputs, hidden, (h, c), *own, *second)
         loss = d_state[0] * next_h.sum() + (d_state[1] * next_c.sum() if next_c is not None else 0)
         d_inputs, d_hidden, d_prev, *d_own = torch.autograd.grad(
             loss, (inputs, hidden, state, *own), allow_unused=True, retain_graph=True

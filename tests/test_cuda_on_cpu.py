@@ -208,8 +208,8 @@ FAULTS = [
         r"  by thread \d+ .*csrc/cuda/per_step.cu:\d+ in forward_kernel",
     ),
     (
-        "Memory<V>::load(product + g * p.H, 1);",
-        "Memory<V>::load(product + ({planted} ? Cell::gates - 1 - g : g) * p.H, 1);",
+        "Memory<V>::load(product + (g - first) * p.H, 1);",
+        "Memory<V>::load(product + ({planted} ? Cell::gates - 1 - g : g - first) * p.H, 1);",
         r"result 0 of \('lstm', .*Tensor-likes are not close",
     ),
     (
@@ -228,6 +228,16 @@ FAULTS = [
         "state_at<S>(p.d_hx, p.B, p.P, lane, b) + unit, 1);",
         "state_at<S>(p.d_hx, p.B, p.P, lane, b) + (unit + {planted}) % p.P, 1);",
         r"the caller reads 'd_hx' byte|race on 'd_hx'|result \d+ of \('lstm', .*not close",
+    ),
+    (
+        "set_zero(state.read, rows * p.H * sizeof(S), stream);",
+        "if (!{planted}) set_zero(state.read, rows * p.H * sizeof(S), stream);",
+        r"a product reads 'scratch' byte \d+, which nothing has written",
+    ),
+    (
+        "Memory<V>::store(d_gate, at(state.d_gates",
+        "if (!{planted}) Memory<V>::store(d_gate, at(state.d_gates",
+        r"result \d+ of \('gru_reset_before', .*not close",
     ),
 ]
 
@@ -251,23 +261,27 @@ def test_planted_faults_are_found():
 
 
 def print_faults(library: str) -> None:
-    """What each fault does to the lstm, and what happens without any."""
+    """What each fault does to the lstm and to a late gate, and what happens without any."""
     engines = load(Path(library), pytest.MonkeyPatch())
     messages = []
     for number in (*range(1, len(FAULTS) + 1), 0):
         engines.plant(number)
         try:
-            compare_with_reference("lstm", SHAPES[1:2])
+            for cell in ("lstm", "gru_reset_before"):
+                compare_with_reference(cell, SHAPES[1:2])
             messages.append(None)
         except (RuntimeError, AssertionError) as error:
             messages.append(str(error))
     print(json.dumps(messages))
 
 
-@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
-def test_heads_equal_reference(name):
+@pytest.mark.parametrize(
+    "name, options", [("RNN", {}), ("LSTM", {}), ("GRU", {}), ("GRU", {"reset_after": False})]
+)
+def test_heads_equal_reference(name, options):
     """Six lanes in one launch: three heads of two directions, lengths and resets."""
-    layer = getattr(fused_rnn, name)(5, 9, bidirectional=True, num_heads=3, dtype=torch.float64)
+    sizes = {"bidirectional": True, "num_heads": 3, "dtype": torch.float64}
+    layer = getattr(fused_rnn, name)(5, 9, **sizes, **options)
     x, hx = helpers.dyadic(4, 3, 5), helpers.states(layer, 3)
     ragged = {"lengths": torch.tensor([4, 0, 2]), "resets": torch.rand(4, 3) < 0.3}
     call = helpers.by_reference(layer._cell(), layer)
@@ -450,7 +464,7 @@ def shares_a_size(name: str, message: str) -> bool:
     )
 
 
-@pytest.mark.parametrize("cell", ["rnn_tanh", "rnn_relu", "gru"])
+@pytest.mark.parametrize("cell", [c for c in GATES if not ops.CELLS[c].has_c])
 @pytest.mark.parametrize("name", ["cx", "weight_hr"])
 def test_arguments_a_recurrence_does_not_have_are_refused(cell, name):
     given = forward_arguments(cell)

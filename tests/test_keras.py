@@ -9,11 +9,11 @@ from torch import Tensor
 import fused_rnn
 
 I, H, T, B = 4, 6, 5, 3  # noqa: E741
-GATES = {"RNN": 1, "LSTM": 4, "GRU": 3}
+GATES = {"RNN": 1, "LSTM": 4, "GRU": 3, "GRU before": 3}  # the latter with reset_after=False
 
 
 def keras_weights(name: str, bias: bool = True) -> list[Tensor]:
-    """As ``get_weights()`` of SimpleRNN, LSTM and GRU (reset_after=True) returns them."""
+    """As ``get_weights()`` of SimpleRNN, LSTM and GRU returns them."""
     columns = GATES[name] * H
     shapes = [(I, columns), (H, columns)]
     shapes += [((2, columns) if name == "GRU" else (columns,))] if bias else []
@@ -35,6 +35,11 @@ def keras_layer(name: str, x: Tensor, weights: list[Tensor]) -> Tensor:
             i, f, candidate, o = (step @ kernel + h @ recurrent + bias).chunk(4, dim=1)
             c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(candidate)
             h = torch.sigmoid(o) * torch.tanh(c)
+        elif name == "GRU before":
+            x_z, x_r, x_h = (step @ kernel + bias).chunk(3, dim=1)
+            U_z, U_r, U_h = recurrent.chunk(3, dim=1)
+            z, r = torch.sigmoid(x_z + h @ U_z), torch.sigmoid(x_r + h @ U_r)
+            h = z * h + (1 - z) * torch.tanh(x_h + (r * h) @ U_h)
         else:
             x_z, x_r, x_h = (step @ kernel + bias[0]).chunk(3, dim=1)
             h_z, h_r, h_h = (h @ recurrent + bias[1]).chunk(3, dim=1)
@@ -49,10 +54,12 @@ def keras_layer(name: str, x: Tensor, weights: list[Tensor]) -> Tensor:
 @pytest.mark.parametrize("name", GATES)
 def test_same_outputs(name, bidirectional, bias):
     directions = [keras_weights(name, bias) for _ in range(1 + bidirectional)]
-    layer = getattr(fused_rnn, name)(
-        I, H, bias=bias, bidirectional=bidirectional, dtype=torch.float64
+    name_of_ours, *before = name.split()
+    chosen = {"reset_after": False} if before else {}
+    layer = getattr(fused_rnn, name_of_ours)(
+        I, H, bias=bias, bidirectional=bidirectional, dtype=torch.float64, **chosen
     )
-    layer.load_state_dict(fused_rnn.from_keras([w for d in directions for w in d]))
+    layer.load_state_dict(fused_rnn.from_keras([w for d in directions for w in d], **chosen))
     x = torch.randn(T, B, I, dtype=torch.float64)
     expected = [keras_layer(name, x, directions[0])]
     if bidirectional:
@@ -84,7 +91,7 @@ def test_sizes_that_look_alike():
         ([(4, 12), (6, 12)], r"recurrent_kernel of shape .* got \(6, 12\)"),
         ([(4, 20), (6, 24)], r"kernel of shape \(I, 24\) .* got \(4, 20\)"),
         ([(4, 24), (6, 24), (23,)], r"bias of shape \(24,\), got \(23,\)"),
-        ([(4, 18), (6, 18), (18,)], r"bias of shape \(2, 18\), got \(18,\); .*reset_after=False"),
+        ([(4, 18), (6, 18), (18,)], r"bias of shape \(2, 18\) .*reset_after=True, got \(18,\)"),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(shapes, message):
@@ -92,6 +99,7 @@ def test_shapes_that_do_not_fit_are_refused(shapes, message):
         fused_rnn.from_keras([torch.zeros(shape) for shape in shapes])
 
 
-def test_the_other_gru_is_refused():
-    with pytest.raises(ValueError, match="reset_after"):
+def test_two_biases_are_not_those_of_reset_before():
+    message = r"bias of shape \(18,\) .*reset_after=False, got \(2, 18\)"
+    with pytest.raises(ValueError, match=message):
         fused_rnn.from_keras(keras_weights("GRU"), reset_after=False)

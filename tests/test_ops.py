@@ -20,8 +20,16 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 CELLS = list(ops.CELLS)
 VARIANTS = (
     "plain", "two_lanes", "two_directions", "ragged", "bare", "projected", "packed",
-    "packed_projected",
+    "packed_projected", "separate", "joint", "drawn", "packed_drawn_projected", "expected",
 )  # fmt: skip
+# layer_norm, zoneout_h, zoneout_c, recurrent_dropout of the varied ops.
+VARIATIONS = {
+    "separate": (1, 0.0, 0.0, 0.0),
+    "joint": (2, 0.2, 0.0, 0.3),
+    "drawn": (0, 0.3, 0.2, 0.4),
+    "packed_drawn_projected": (1, 0.3, 0.2, 0.4),
+    "expected": (0, 0.3, 0.2, 0.0),
+}
 
 Arguments = dict[str, Any]
 
@@ -37,8 +45,9 @@ def forward_arguments(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
 ) -> Arguments:
-    """Arguments of ``{cell}_forward`` by name."""
+    """Arguments of ``{cell}_forward`` by name, or, for VARIATIONS, of ``{cell}_varied_forward``."""
     traits = ops.CELLS[cell]
+    variation = VARIATIONS.get(variant, (0, 0.0, 0.0, 0.0))
     packed, projected = variant.startswith("packed"), variant.endswith("projected")
     if variant in ("two_lanes", "two_directions") or packed or projected:
         L = 2
@@ -54,6 +63,13 @@ def forward_arguments(
     lane += [] if bare else [(rows,), (rows,)]
     lane += [(P, H)] if projected else []
     lane += [(traits.unit_weights * H,)] if traits.unit_weights else []
+    for of in traits.norms(variation[0]):
+        lane += [(H if of == "c" else rows,)] * 2
+    more: Arguments = {}
+    if variant in VARIATIONS:
+        more = dict(zip(ops.Variation._fields, variation, strict=True))
+        more["zoneout_c"] *= traits.has_c
+        more["seed"] = None if variant == "expected" else torch.tensor(77, device=device)
     states = [(L, B, P), (L, B, H)] if traits.has_c else [(L, B, P)]
     return {
         "input": random(T, B, I) if batch_sizes is None else random(int(batch_sizes.sum()), I),
@@ -67,7 +83,21 @@ def forward_arguments(
         "directions": 2 if variant == "two_directions" or packed or projected else 1,
         "save": not bare,
         "want_cells": projected,
+        **more,
     }
+
+
+def op_for(direction: str, cell: str, given: Arguments) -> Any:
+    """The op that takes these arguments."""
+    return getattr(ops, f"{direction}_op")(cell, "layer_norm" in given)
+
+
+def forward_op(cell: str) -> Callable[..., list[Tensor]]:
+    return lambda *args, **given: op_for("forward", cell, given)(*args, **given)
+
+
+def backward_op(cell: str) -> Callable[..., list[Tensor]]:
+    return lambda *args, **given: op_for("backward", cell, given)(*args, **given)
 
 
 def exists(batch_sizes: Tensor) -> Tensor:
@@ -81,8 +111,12 @@ def lengths_of(given: Arguments) -> Tensor | None:
 
 def saved_names(cell: str, given: Arguments) -> list[str]:
     traits = ops.CELLS[cell]
-    projected = len(given["weights"]) > given["lanes"] * traits.weights(given["has_biases"])
-    has = {"reserve": traits.saved, "saved_cells": traits.has_c, "unprojected": projected}
+    norm = given.get("layer_norm", 0)
+    projected = len(given["weights"]) > given["lanes"] * traits.weights(given["has_biases"], norm)
+    saved = _C.saved_values(cell, norm) if "layer_norm" in given else traits.saved
+    has = {
+        "reserve": saved, "saved_cells": traits.has_c, "unprojected": projected, "statistics": norm,
+    }  # fmt: skip
     return [name for name, there in has.items() if there]
 
 
@@ -91,7 +125,7 @@ def forward(cell: str, given: Arguments) -> dict[str, Tensor]:
     names = ["output", "h_n", "c_n"] if ops.CELLS[cell].has_c else ["output", "h_n"]
     names += ["cells"] if given["want_cells"] else []
     names += saved_names(cell, given) if given["save"] else []
-    return dict(zip(names, ops.forward_op(cell)(**given), strict=True))
+    return dict(zip(names, forward_op(cell)(**given), strict=True))
 
 
 def backward_arguments(cell: str, variant: str = "plain", **sizes: Any) -> Arguments:
@@ -114,11 +148,15 @@ def backward_arguments(cell: str, variant: str = "plain", **sizes: Any) -> Argum
 
 
 DIRECTIONS: dict[str, tuple[Callable[[str], Any], Callable[..., Arguments]]] = {
-    "forward": (ops.forward_op, forward_arguments),
-    "backward": (ops.backward_op, backward_arguments),
+    "forward": (forward_op, forward_arguments),
+    "backward": (backward_op, backward_arguments),
 }
 CASES = [
-    (c, v) for c in CELLS for v in VARIANTS if not v.endswith("projected") or ops.CELLS[c].has_c
+    (c, v)
+    for c in CELLS
+    for v in VARIANTS
+    if ops.CELLS[c].has_c or not v.endswith("projected")
+    if not (ops.CELLS[c].late_gate and v in VARIATIONS and VARIATIONS[v][0])
 ]
 
 
@@ -133,13 +171,13 @@ def _packed_on_cpu(request: pytest.FixtureRequest) -> None:
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("cell, variant", CASES)
 def test_opcheck(cell: str, variant: str, direction: str, device: str) -> None:
-    op, arguments = DIRECTIONS[direction]
+    _, arguments = DIRECTIONS[direction]
     # Whole blocks of units, and nothing saved where rows are ragged: the reserve's padding, and its
     # steps that do not exist, are nobody's, and need not repeat.
     given = arguments(cell, variant, H=16, device=device)
     if "save" in given and (given["lengths"] is not None or given["batch_sizes"] is not None):
         given["save"] = False
-    torch.library.opcheck(op(cell), (), given)
+    torch.library.opcheck(op_for(direction, cell, given), (), given)
 
 
 def assert_same_layout(real: Sequence[Tensor], fake: Sequence[Tensor]) -> None:
@@ -174,7 +212,7 @@ def test_fake_kernels(cell: str, variant: str, direction: str, sizes: dict[str, 
 def test_only_what_is_needed(cell: str, variant: str, wanted: str) -> None:
     """The gradients asked for are there, alone, and bitwise the same."""
     given = backward_arguments(cell, variant)
-    everything = ops.backward_op(cell)(**given)
+    everything = backward_op(cell)(**given)
     states = 2 if ops.CELLS[cell].has_c else 1
     parts = {
         "input": everything[:1],
@@ -183,7 +221,7 @@ def test_only_what_is_needed(cell: str, variant: str, wanted: str) -> None:
         "nothing": [],
     }
     needs = {f"need_{part}": part == wanted for part in ("input", "states", "weights")}
-    found = ops.backward_op(cell)(**(given | needs))
+    found = backward_op(cell)(**(given | needs))
     assert_same_layout(found, parts[wanted])
     for a, b in zip(found, parts[wanted], strict=True):
         assert torch.equal(a, b)
@@ -224,7 +262,7 @@ def test_no_timesteps(cell: str, variant: str, device: str) -> None:
     for name, state in zip(("h_n", "c_n"), given["states"], strict=False):
         assert torch.equal(found[name], state)
     given = backward_arguments(cell, variant, T=0, device=device)
-    _, *grads = ops.backward_op(cell)(**given)
+    _, *grads = backward_op(cell)(**given)
     states, weights = grads[: len(given["states"])], grads[len(given["states"]) :]
     for name, d_state in zip(("grad_h_n", "grad_c_n"), states, strict=False):
         assert torch.equal(d_state, given[name])
@@ -236,13 +274,13 @@ def test_no_timesteps_from_zeros(cell: str, device: str) -> None:
     found = forward(cell, forward_arguments(cell, "bare", T=0, device=device))
     assert all((t == 0).all() for t in found.values())
     given = backward_arguments(cell, "bare", T=0, device=device)
-    assert all((t == 0).all() for t in ops.backward_op(cell)(**given))
+    assert all((t == 0).all() for t in backward_op(cell)(**given))
 
 
 @pytest.mark.parametrize("cell, variant", [c for c in CASES if not c[1].startswith("packed")])
 def test_no_rows(cell: str, variant: str, device: str) -> None:
     given = backward_arguments(cell, variant, B=0, device=device)
-    assert all((t == 0).all() for t in ops.backward_op(cell)(**given))
+    assert all((t == 0).all() for t in backward_op(cell)(**given))
 
 
 def elsewhere(value: Tensor) -> Tensor:
@@ -270,14 +308,20 @@ def names_in(cell: str, field: str, arguments: Arguments) -> list[str]:
         return ["hx", "cx"][: len(arguments[field])]
     if field == "saved":
         return saved_names(cell, arguments)
-    lanes = ops.CELLS[cell].by_lane(arguments[field], arguments["has_biases"], arguments["lanes"])
+    lanes = ops.CELLS[cell].by_lane(
+        arguments[field],
+        arguments["has_biases"],
+        arguments["lanes"],
+        arguments.get("layer_norm", 0),
+    )
     return [name for lane in lanes for name, t in lane._asdict().items() if t is not None]
 
 
 def wrong_tensors(name: str, value: Tensor) -> list[Tensor]:
     if value.numel() == 0:
         return []
-    found = [value[..., :-1], value.unsqueeze(0), torch.zeros_like(value, dtype=torch.int32)]
+    found = [value.unsqueeze(0), torch.zeros_like(value, dtype=torch.int32)]
+    found += [value[..., :-1]] if value.dim() else []
     if value.is_floating_point() and name != "input":
         found.append(value.to(torch.float16))
     return found
@@ -318,16 +362,31 @@ def wrong_arguments(cell: str, arguments: Arguments) -> list[tuple[str, str, Any
     found += [("lengths", "lengths", torch.tensor([0, -1, 2]))]
     found += [("directions", "directions", 0), ("directions", "directions", 3)]
     found += [("lanes", "lanes", 0), ("lanes", "lanes", -1)]
+    for rate in ("zoneout_h", "zoneout_c", "recurrent_dropout"):
+        if rate in arguments:
+            found += [(rate, rate, wrong) for wrong in (-0.1, 1.0, math.nan)]
+    if "layer_norm" in arguments:
+        found += [("layer_norm", "layer_norm", wrong) for wrong in (-1, 3)]
+        if arguments["recurrent_dropout"] > 0:
+            found += [("recurrent_dropout", "seed", None)]
+        if not ops.CELLS[cell].has_c:
+            found += [("zoneout_c", "zoneout_c", 0.1)]
     return found
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize("kind", ["dense", "packed", "varied"])
 @pytest.mark.parametrize("cell", CELLS)
-def test_errors_name_the_argument(cell: str, packed: bool, direction: str) -> None:
+def test_errors_name_the_argument(cell: str, kind: str, direction: str) -> None:
     op, arguments = DIRECTIONS[direction]
-    variants = ("projected", "packed_projected") if ops.CELLS[cell].has_c else ("ragged", "packed")
-    given = arguments(cell, variants[packed])
+    variants = {"dense": "ragged", "packed": "packed", "varied": "joint"}
+    if ops.CELLS[cell].has_c:
+        variants = {
+            "dense": "projected", "packed": "packed_projected", "varied": "packed_drawn_projected",
+        }  # fmt: skip
+    elif ops.CELLS[cell].late_gate:
+        variants["varied"] = "drawn"
+    given = arguments(cell, variants[kind])
     silent = []
     for name, field, wrong in wrong_arguments(cell, given):
         what = f"{name}={getattr(wrong, 'shape', wrong)} {getattr(wrong, 'dtype', '')}"
@@ -346,7 +405,7 @@ def shares_a_size(name: str, message: str) -> bool:
     return name in ("input", "weight_hh") and "Expected " in message and " of shape " in message
 
 
-@pytest.mark.parametrize("cell", ["rnn_tanh", "rnn_relu", "gru"])
+@pytest.mark.parametrize("cell", [c for c in CELLS if not ops.CELLS[c].has_c])
 @pytest.mark.parametrize("name", ["states", "weight_hr", "want_cells"])
 def test_arguments_a_cell_does_not_have_are_refused(cell: str, name: str) -> None:
     given = forward_arguments(cell)
@@ -354,16 +413,16 @@ def test_arguments_a_cell_does_not_have_are_refused(cell: str, name: str) -> Non
     given["weights"] += [torch.zeros(5, 5)] if name == "weight_hr" else []
     given["want_cells"] = name == "want_cells"
     with pytest.raises(RuntimeError, match=name):
-        ops.forward_op(cell)(**given)
+        forward_op(cell)(**given)
 
 
-@pytest.mark.parametrize("cell", ["rnn_tanh", "rnn_relu", "gru"])
+@pytest.mark.parametrize("cell", [c for c in CELLS if not ops.CELLS[c].has_c])
 @pytest.mark.parametrize("name", ["grad_c_n", "grad_cells"])
 def test_gradients_a_cell_does_not_have_are_refused(cell: str, name: str) -> None:
     given = backward_arguments(cell)
     shape = (1, 3, 5) if name == "grad_c_n" else (4, 3, 1, 5)
     with pytest.raises(RuntimeError, match=name):
-        ops.backward_op(cell)(**(given | {name: torch.zeros(shape)}))
+        backward_op(cell)(**(given | {name: torch.zeros(shape)}))
 
 
 def with_padding(value: Tensor | None, where: Tensor) -> Tensor | None:
@@ -408,8 +467,8 @@ def test_packed_is_lengths_bitwise(
     padded |= {k: with_padding(given[k], where) for k in ("grad_output", "grad_cells")}
     padded["output"] = expected["output"]
     padded["saved"] = [expected[name] for name in saved_names(cell, given)]
-    d_input, *rest = ops.backward_op(cell)(**given)
-    d_padded, *expected_rest = ops.backward_op(cell)(**(given | padded))
+    d_input, *rest = backward_op(cell)(**given)
+    d_padded, *expected_rest = backward_op(cell)(**(given | padded))
     assert (d_padded[~where] == 0).all()
     assert torch.equal(d_input, d_padded[where])
     for a, b in zip(rest, expected_rest, strict=True):
@@ -440,11 +499,11 @@ def test_poison_reaches_the_engine(cell: str) -> None:
 
     def fills() -> int:
         with torch.profiler.profile() as profile:
-            ops.forward_op(cell)(**given)
+            forward_op(cell)(**given)
         return [event.name for event in profile.events()].count("aten::fill_")
 
     given = forward_arguments(cell)
-    results = sum(t.numel() > 0 for t in ops.forward_op(cell)(**given))
+    results = sum(t.numel() > 0 for t in forward_op(cell)(**given))
     assert fills() >= results + 1
     torch.use_deterministic_algorithms(False)
     assert fills() == 0
@@ -483,7 +542,7 @@ def test_half_types_round_to_nearest_even(dtype: torch.dtype, H: int, device: st
     def relu(
         input: Tensor, states: list[Tensor], weights: list[Tensor], has_biases: bool
     ) -> Sequence[Tensor]:
-        op = ops.forward_op("rnn_relu")
+        op = forward_op("rnn_relu")
         return op(input, states, weights, has_biases, None, None, None, 1, 1, False, False)
 
     # Sums: the values themselves (0), and ones that need rounding, overflow, or cancel.
@@ -538,7 +597,7 @@ def sigmoid(x: float) -> float:
 def test_tanh_is_accurate(dtype: torch.dtype, H: int, device: str) -> None:
     x = grid(dtype)
     weights = [torch.ones(H, 1, dtype=dtype), torch.zeros(H, H, dtype=dtype)]
-    found, _ = ops.forward_op("rnn_tanh")(
+    found, _ = forward_op("rnn_tanh")(
         x.to(device).view(1, -1, 1), [], [w.to(device) for w in weights], False, None, None, None,
         1, 1, False, False,
     )  # fmt: skip
@@ -549,12 +608,12 @@ def test_tanh_is_accurate(dtype: torch.dtype, H: int, device: str) -> None:
         assert (unit.sign() == x.sign())[~x.isnan()].all()
 
 
-@pytest.mark.parametrize("cell", ["rnn_tanh", "rnn_relu", "lstm", "gru"])
+@pytest.mark.parametrize("cell", ["rnn_tanh", "rnn_relu", "lstm", "gru", "gru_reset_before"])
 def test_zero_stays_positive(cell: str, device: str) -> None:
     """As in torch: nothing in, nothing out, and not minus nothing."""
     given = forward_arguments(cell, "bare", H=17, device=device)
     given["input"].zero_()
-    output = ops.forward_op(cell)(**given)[0]
+    output = forward_op(cell)(**given)[0]
     assert (output == 0).all()
     assert not output.signbit().any()
 
@@ -568,7 +627,7 @@ def test_sigmoid_is_accurate(dtype: torch.dtype, gate: int, device: str) -> None
     weight_ih = torch.zeros(4, 1, dtype=dtype, device=device)
     weight_ih[gate] = 1  # infinity and NaN reach the other gates too, which are not looked at
     weights = [weight_ih, torch.zeros(4, 1, dtype=dtype, device=device)]
-    reserve = ops.forward_op("lstm")(
+    reserve = forward_op("lstm")(
         x.to(device).view(1, n, 1), [], weights, False, None, None, None, 1, 1, True, False
     )[3]
     found = values_by_unit(reserve, 1).reshape(n, 4)[:, gate].cpu()

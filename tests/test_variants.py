@@ -51,6 +51,7 @@ VARIANTS: list[Variant] = [
     ("RNN", {"layer_norm": True, "nonlinearity": "relu"}),
     ("RNN", {"zoneout": 0.3, "nonlinearity": "relu"}),
     ("GRU", {"num_heads": 18}),
+    ("GRU", {"reset_after": False}),
 ]
 
 
@@ -67,6 +68,11 @@ PAIRS = [
     *pairs("RNN", EVERYWHERE),
     *pairs("GRU", EVERYWHERE),
     *pairs("LSTM", [*EVERYWHERE, *OF_LSTM]),
+    *(
+        ("GRU", {"reset_after": False} | options)
+        for options in (*EVERYWHERE, {"num_heads": 3, "zoneout": 0.2, "recurrent_dropout": 0.4})
+        if "layer_norm" not in options
+    ),
 ]
 
 
@@ -196,6 +202,7 @@ def test_same_bits_on_any_number_of_threads(name, options):
 def test_compiled_without_a_break(name, options):
     layer = make(name, num_layers=2, bidirectional=True, **options)
     x = dyadic(T, B, I, dtype=torch.float32)
+    torch.compiler.reset()  # the variants before have filled the cache of this frame
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     assert_equal(run(layer, x, call=lambda *given: compiled(*given)), run(layer, x))
 
@@ -215,14 +222,15 @@ def test_cell_is_one_step_of_the_layer(name, options):
     found = seeded(cell)(x[0], given if name == "LSTM" else given[0])
     for a, b in zip(as_tuple(found), as_tuple(expected), strict=True):
         assert torch.equal(a, b[0])
-    assert all(shown(option, value) in repr(cell) for option, value in options.items())
+    text = repr(cell).replace("'", "")  # torch.nn's cells quote what its layers do not
+    assert all(shown(option, value) in text for option, value in options.items())
 
 
 def shown(option: str, value: Any) -> str:
     """An option as ``repr`` shows it."""
     if option == "layer_norm" and value is True:
         value = "separate"
-    return f"{option}={value!r}" if option == "nonlinearity" else f"{option}={value}"
+    return f"{option}={value}"
 
 
 @every_variant
@@ -274,7 +282,8 @@ def test_defaults_leave_the_layer_as_it_is(name):
     plain = getattr(torch.nn, name)(I, H, 2)
     torch.manual_seed(0)
     defaults = {"layer_norm": False, "zoneout": 0.0, "recurrent_dropout": 0, "weight_dropout": 0.0}
-    defaults |= {"peephole": False, "coupled": False} if name == "LSTM" else {}
+    of_some = {"LSTM": {"peephole": False, "coupled": False}, "GRU": {"reset_after": True}}
+    defaults |= of_some.get(name, {})
     ours = make(name, I, H, 2, **defaults)
     assert ours._options() is None  # so that the plain op is called
     assert list(plain.state_dict()) == list(ours.state_dict())
@@ -442,18 +451,19 @@ def test_layer_norm_does_not_see_the_scale_of_weights(name, layer_norm):
     assert (layer(x)[0] - expected).abs().max() < 1e-2  # eps is what is left of it
 
 
-BOTH_LSTMS = pytest.mark.parametrize("name", ["LSTM", "LSTMCell"])
 EVERY_CLASS = pytest.mark.parametrize(
     "name", ["RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell"]
 )
 
 
-@BOTH_LSTMS
-@pytest.mark.parametrize("option", ["peephole", "coupled"])
+@pytest.mark.parametrize("suffix", ["", "Cell"])
+@pytest.mark.parametrize(
+    "name, option", [("LSTM", "peephole"), ("LSTM", "coupled"), ("GRU", "reset_after")]
+)
 @pytest.mark.parametrize("value", [1, None, "yes"])
-def test_options_of_another_type_are_refused(name, option, value):
+def test_options_of_another_type_are_refused(name, suffix, option, value):
     with pytest.raises(TypeError, match=f"{option} should be of type bool, got: "):
-        make(name, **{option: value})
+        make(name + suffix, **{option: value})
 
 
 @EVERY_CLASS
@@ -493,6 +503,12 @@ def test_norms_that_do_not_exist_are_refused(name):
             make(name, layer_norm=value)
 
 
+@pytest.mark.parametrize("name", ["GRU", "GRUCell"])
+def test_norms_with_a_late_gate_are_refused(name):
+    with pytest.raises(ValueError, match="layer_norm should be False with reset_after=False"):
+        make(name, layer_norm=True, reset_after=False)
+
+
 @EVERY_CLASS
 def test_pairs_of_zoneout_are_lstms(name):
     if name.startswith("LSTM"):
@@ -504,11 +520,28 @@ def test_pairs_of_zoneout_are_lstms(name):
             make(name, zoneout=(0.1, 0.2))
 
 
-@pytest.mark.parametrize("name", ["RNN", "GRU", "RNNCell", "GRUCell"])
-@pytest.mark.parametrize("option", ["peephole", "coupled"])
-def test_options_of_lstm_are_refused_elsewhere(name, option):
-    with pytest.raises(TypeError, match=option):
-        make(name, **{option: True})
+@pytest.mark.parametrize(
+    "option, names",
+    [("peephole", ("RNN", "GRU")), ("coupled", ("RNN", "GRU")), ("reset_after", ("RNN", "LSTM"))],
+)
+def test_options_are_refused_where_they_mean_nothing(option, names):
+    for name in (*names, *(f"{name}Cell" for name in names)):
+        with pytest.raises(TypeError, match=option):
+            make(name, **{option: True})
+
+
+def test_a_reset_gate_of_one_makes_no_difference():
+    """r = 1, whichever way it is applied; and the initial values are the same."""
+    torch.manual_seed(0)
+    plain = make("GRU", dtype=torch.float64)
+    torch.manual_seed(0)
+    layer = make("GRU", dtype=torch.float64, reset_after=False)
+    x, hx = dyadic(T, B, I), states(layer, B)
+    assert (layer(x, hx)[0] - plain(x, hx)[0]).abs().max() > 1e-3
+    with torch.no_grad():
+        for gru in (plain, layer):
+            gru.bias_ih_l0[:H] = 100
+    torch.testing.assert_close(layer(x, hx)[0], plain(x, hx)[0], rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize(
@@ -535,5 +568,6 @@ def test_states_that_do_not_fit_are_named():
 def test_every_cell_is_somebodys():
     """Each cell in the ops is the reference's, and some layer's."""
     assert set(ops.CELLS) == set(reference.CELLS)
-    chosen = [("RNN", {}), ("RNN", {"nonlinearity": "relu"}), ("GRU", {}), ("LSTM", {}), *VARIANTS]
+    plain = [("RNN", {}), ("RNN", {"nonlinearity": "relu"}), ("GRU", {}), ("LSTM", {})]
+    chosen = [*plain, *VARIANTS, *PAIRS]
     assert set(ops.CELLS) == {make(name, **options)._cell() for name, options in chosen}

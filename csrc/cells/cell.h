@@ -12,6 +12,7 @@
 //     static constexpr bool split_gates;     // whether d_hidden_gates differs from d_input_gates
 //     static constexpr bool reads_prev_h;    // which states backward reads besides `saved`
 //     static constexpr bool reads_h;         //   (it may always read prev.c and next.c if has_c)
+//     static constexpr bool late_gate;       // whether the last gate waits for the others (below)
 //     template <class V> static void forward(const V* input_gates, const V* hidden_gates,
 //                                            const V* weights, const State<V>& prev,
 //                                            State<V>& next, V* saved);
@@ -25,6 +26,20 @@
 // whole gradient that reaches this step's states. d_prev receives what flows back to the previous
 // states directly; what flows through hidden_gates is the engine's product with W_hh. d_weights is this
 // step's part of the gradient of the unit's own weights.
+//
+// With a late gate, hidden_gates of the last gate is W_hh read + b_hh, where `read` is h_{t-1} times the
+// first of the gates before it, the early ones:
+//
+//     template <class V> static void forward_early(const V* input_gates, const V* hidden_gates,
+//                                                  V* saved);
+//     template <class V> static V read(const V* saved, const State<V>& prev);
+//     template <class V> static V backward_early(const V* saved, const State<V>& prev, V d_read,
+//                                                State<V>& d_prev);
+//
+// forward_early leaves the early gates in `saved`, first; forward finds them there, and has input_gates
+// and hidden_gates of the last gate alone. On the way back only the first gate waits for the gradient
+// of read: backward leaves that gate out, backward_early returns its gradient and adds to d_prev what
+// flows through read. Such a cell does not split its gates.
 //
 // A cell with c is made of two halves, forward_c and forward_h, backward_h and backward_c (lstm.h), because
 // layer normalisation needs the new c of all units before any h.

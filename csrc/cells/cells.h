@@ -14,4 +14,5 @@
   X(lstm_peephole, LstmPeephole)                \
   X(lstm_coupled, LstmCoupled)                  \
   X(lstm_coupled_peephole, LstmCoupledPeephole) \
-  X(gru, Gru)
+  X(gru, Gru)                                   \
+  X(gru_reset_before, GruResetBefore)

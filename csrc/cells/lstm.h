@@ -26,6 +26,7 @@ struct LstmCell {
   static constexpr bool split_gates = false;
   static constexpr bool reads_prev_h = false;
   static constexpr bool reads_h = false;
+  static constexpr bool late_gate = false;
 
   template <class V>
   static HOST_DEVICE void forward(const V* input_gates, const V* hidden_gates, const V* weights,

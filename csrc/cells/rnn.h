@@ -40,6 +40,7 @@ struct Rnn {
   static constexpr bool split_gates = false;
   static constexpr bool reads_prev_h = false;
   static constexpr bool reads_h = true;
+  static constexpr bool late_gate = false;
 
   template <class V>
   static HOST_DEVICE void forward(const V* input_gates, const V* hidden_gates, const V*,

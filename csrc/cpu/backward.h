@@ -21,6 +21,10 @@
 // Weights that a unit has for itself (of peepholes and normalisations) have their gradient summed row by
 // row of the batch, and rows only at the end of a chunk: in an order that no number of threads changes.
 //
+// A cell with a late gate (cells/cell.h) has a second product in every step: that of the late gate's
+// gradient, which the step around the cell has just made, with that gate's rows of weight_hh. And what
+// those rows were multiplied with are columns of their own.
+//
 // Included inside the instruction set's namespace.
 
 template <class Cell, class S>
@@ -36,6 +40,7 @@ class Backward {
   static constexpr int most_rows = vector_registers == 32 ? 8 : 4;
   static constexpr int strip_rows = V::size < most_rows ? V::size : most_rows;  // of a tile
   static_assert(V::size % strip_rows == 0, "tiles divide strips");
+  static_assert(!(Cell::late_gate && Cell::split_gates), "see cells/cell.h");
 
   // One weight's gradient: what its strips and columns are made of.
   struct Gradient {
@@ -67,6 +72,7 @@ class Backward {
       : p(p),
         host(host),
         gate_rows(Cell::gates * p.H),
+        early_rows(gate_rows - Cell::late_gate * p.H),
         gates_width(row_width<E>(gate_rows)),
         d_output_width(row_width<E>(p.P)),
         h_width(round_up(p.P, V::size)),
@@ -75,7 +81,8 @@ class Backward {
         own(norm, Cell::gates, Cell::unit_weights, Cell::has_c),
         split_gates(norm == LayerNorm::none ? Cell::split_gates : norm == LayerNorm::separate),
         packed(p.T * p.B > 1),
-        hidden_panels({p.P, gate_rows, 0, 1, p.P}, p.T > 1 || p.d_hx),
+        hidden_panels({p.P, early_rows, 0, 1, p.P}, p.T > 1 || p.d_hx),
+        late_panels({p.P, p.H, 0, 1, p.P}, Cell::late_gate),
         input_panels({p.I, gate_rows, 0, 1, p.I}, p.d_input.data),
         projection_panels({p.H, p.P, 0, 1, p.H}, p.projected),
         division(p, gate_rows * (p.P + p.I),
@@ -124,6 +131,7 @@ class Backward {
   void take_memory(Arena& arena) {
     if (packed) {
       hidden_panels.take_memory(arena, p.L);
+      late_panels.take_memory(arena, p.L);
       input_panels.take_memory(arena, p.L);
       projection_panels.take_memory(arena, p.L);
     }
@@ -147,6 +155,10 @@ class Backward {
       gradient[i].take_memory(arena, p.L, word_count<E>(chunks.capacity),
                               packs_strips(i) ? nullptr : &gradient[0], !std::is_same_v<S, C>,
                               with_bias && i < 2 && packs_strips(i));
+    if (Cell::late_gate && p.d_weights)
+      late_columns =
+          arena.take<Value>(p.L * gradient[1].panel_count() * word_count<E>(chunks.capacity) *
+                            column_vectors * vector_values);
     if (own.count > 0 && p.d_weights) {
       d_unit_rows = arena.take<C>(p.L * p.B * unit_weights_width());
       d_unit_sums = arena.take<C>(p.L * unit_weights_width());
@@ -169,7 +181,7 @@ class Backward {
   bool packs_strips(int g) const { return g != 1 || split_gates; }
   bool multiplies() const { return p.d_input || gradient_count; }
   int64_t norm_phases() const { return norm == LayerNorm::none ? 0 : 1 + Cell::has_c; }
-  int64_t phases_per_step() const { return 1 + p.projected + norm_phases(); }
+  int64_t phases_per_step() const { return 1 + (p.projected || Cell::late_gate) + norm_phases(); }
   int64_t recurrence_phases() const {
     return division.members > 1 ? chunks.steps * phases_per_step() : 1;
   }
@@ -188,8 +200,11 @@ class Backward {
   Chunks::Times times_of(int64_t lane, int64_t chunk) const {
     return chunks.times(!is_reverse(p, lane), chunk);
   }
+  int64_t second_panels() const {
+    return Cell::late_gate ? late_panels.count : projection_panels.count;
+  }
   int64_t panels_to_pack() const {
-    return packed ? hidden_panels.count + input_panels.count + projection_panels.count : 0;
+    return packed ? hidden_panels.count + input_panels.count + second_panels() : 0;
   }
 
   void pack(int64_t lane, const Share& share) {
@@ -200,9 +215,16 @@ class Backward {
         hidden_panels.pack(lane, i, static_cast<const S*>(w.weight_hh));
       else if (i < hidden + input)
         input_panels.pack(lane, i - hidden, static_cast<const S*>(w.weight_ih));
+      else if (Cell::late_gate)
+        late_panels.pack(lane, i - hidden - input, late_weight(lane));
       else
         projection_panels.pack(lane, i - hidden - input, static_cast<const S*>(w.weight_hr));
     }
+  }
+
+  // The rows of weight_hh that are the late gate's.
+  const S* late_weight(int64_t lane) const {
+    return static_cast<const S*>(p.weights[lane].weight_hh) + early_rows * p.P;
   }
 
   // Rows times a share of the panels, packed or not; each as in Panels.
@@ -274,8 +296,9 @@ class Backward {
     if (step >= p.T) return;
     const int64_t of_step = phase % phases_per_step();
     if (of_step == 0) return hidden_phase(part, chunk, step);
+    if constexpr (Cell::late_gate) return late_phase(part, chunk, step);
     if (of_step == 1 && p.projected) return projection_phase(part, chunk, step);
-    if constexpr (is_varied<Cell>) {
+    if constexpr (is_varied<Cell> && !Cell::late_gate) {
       if constexpr (Cell::has_c)
         if (of_step + 2 == phases_per_step()) return c_phase(part, step);
       gates_phase(part, chunk, step);
@@ -333,6 +356,26 @@ class Backward {
                    });
   }
 
+  // What flows back through what the late gate's product read, and the gate that made it.
+  void late_phase(const Part& part, int64_t chunk, int64_t step) {
+    const int64_t lane = part.lane, t = time_of_step(p, lane, p.T - 1 - step);
+    const int64_t begin = order.begin(part.block);
+    const int64_t rows = order.active_end(part.block, t) - begin;
+    multiply_units(late_panels, late_weight(lane), lane,
+                   Share(late_panels.count, part.member, division.members), step & 1,
+                   {gates_row(step + 1, lane, begin) + early_rows, gates_width / E::depth, rows},
+                   [&](int64_t r, int64_t unit, int64_t n, V d_read) {
+                     const int64_t i = begin + r;
+                     const V d_gate = backward_early_units<Cell, S>(
+                         p, row_step(p, lane, order.row(i), t), unit, n, d_read,
+                         h_row(lane, i) + unit, keep_of(lane, order.row(i), unit));
+                     Memory<V>::store(d_gate, gates_row(step + 1, lane, i) + unit, n);
+                     if (!d_input_rows) return;
+                     const int64_t chunk_row = row_of_chunk(part, chunk, t, i);
+                     Memory<V>::store(d_gate, d_input_rows + chunk_row * gates_width + unit, n);
+                   });
+  }
+
   // Where row i of a block at timestep t stands among the rows of all chunks. Rows have been dealt to
   // blocks in turn, and a chunk's rows are those of all blocks, so that sums over them do not depend on
   // how many blocks there are.
@@ -374,13 +417,14 @@ class Backward {
   HOST_DEVICE void keep_gates(const RowStep& row, int64_t step, int64_t i, int64_t chunk_row,
                               int64_t unit, int64_t n, const V* d_input_gates,
                               const V* d_hidden_gates) {
+    constexpr int known = Cell::late_gate ? 1 : 0;  // the first of the gates that are done
     Value* state = gates_row(step + 1, row.lane, i) + unit;
-    for (int g = 0; g < Cell::gates; ++g)
+    for (int g = known; g < Cell::gates; ++g)
       Memory<V>::store(row.reset ? V(0) : d_hidden_gates[g], state + g * p.H, n);
     if (!d_input_rows) return;
     Value* inputs = d_input_rows + chunk_row * gates_width + unit;
     Value* hiddens = d_hidden_rows + chunk_row * gates_width + unit;
-    for (int g = 0; g < Cell::gates; ++g) {
+    for (int g = known; g < Cell::gates; ++g) {
       Memory<V>::store(d_input_gates[g], inputs + g * p.H, n);
       if (split_gates) Memory<V>::store(d_hidden_gates[g], hiddens + g * p.H, n);
     }
@@ -396,6 +440,11 @@ class Backward {
   }
 
   // ---- around a Varied cell
+
+  HOST_DEVICE V keep_of(int64_t lane, int64_t b, int64_t unit) const {
+    if constexpr (is_varied<Cell>) return varied.keep(lane, b, unit);
+    return V(1);
+  }
 
   HOST_DEVICE Factors<V> factors_of(const Part& part, const RowStep& row, int64_t i,
                                     int64_t unit) const {
@@ -577,8 +626,8 @@ class Backward {
       const Share panels(gradient[g].panel_count(), part.index, parts);
       for (int64_t i = panels.begin * column_vectors; i < panels.end * column_vectors; ++i) {
         const int64_t column = i * V::size, here = gradient[g].columns - column;
-        Value* to =
-            columns_of(gradient[g], lane, i / column_vectors) + i % column_vectors * vector_values;
+        Value* to = columns_of(gradient[g].column_panels, gradient[g], lane, i / column_vectors) +
+                    i % column_vectors * vector_values;
         alignas(64) S dropped[E::depth][V::size];
         pack_rows<E>(rows, here, to, column_vectors * vector_values, [&](int64_t k) -> const S* {
           const S* row = here > 0 ? multiplied_row(g, lane, place[k]) : nullptr;
@@ -594,6 +643,27 @@ class Backward {
         });
       }
     }
+    if constexpr (Cell::late_gate)
+      if (late_columns) gather_late_columns(part, rows, place);
+  }
+
+  // Packs what the late gate's rows of weight_hh were multiplied with.
+  void gather_late_columns(const Part& part, int64_t rows, const Place* place) {
+    const int64_t lane = part.lane;
+    const Share panels(gradient[1].panel_count(), part.index, parts);
+    for (int64_t i = panels.begin * column_vectors; i < panels.end * column_vectors; ++i) {
+      const int64_t column = i * V::size, here = p.P - column;
+      Value* to = columns_of(late_columns, gradient[1], lane, i / column_vectors) +
+                  i % column_vectors * vector_values;
+      Value read[E::depth][V::size];
+      pack_rows<E>(rows, here, to, column_vectors * vector_values, [&](int64_t k) -> const Value* {
+        if (here <= 0) return nullptr;
+        const RowStep row = row_step(p, lane, place[k].b, place[k].t);
+        Memory<V>::store(read_units<Cell, S, V>(p, row, column, here, keep_of(lane, row.b, column)),
+                         read[k % E::depth], V::size);
+        return read[k % E::depth];
+      });
+    }
   }
 
   // The row that weight g was multiplied with, or null if that was zeros.
@@ -607,9 +677,9 @@ class Backward {
     return p.hx ? state_at<S>(p.hx, p.B, p.P, lane, b) : nullptr;
   }
 
-  Value* columns_of(const Gradient& of, int64_t lane, int64_t panel) const {
-    return of.column_panels + (lane * of.panel_count() + panel) * word_count<E>(chunks.capacity) *
-                                  column_vectors * vector_values;
+  Value* columns_of(Value* panels, const Gradient& of, int64_t lane, int64_t panel) const {
+    return panels + (lane * of.panel_count() + panel) * word_count<E>(chunks.capacity) *
+                        column_vectors * vector_values;
   }
   Value* strip_of(const Gradient& of, int64_t lane, int64_t strip) const {
     return of.strips +
@@ -622,7 +692,10 @@ class Backward {
     if (d_unit_rows) add_unit_rows(part);
     for (int g = 0; g < gradient_count; ++g) {
       if (packs_strips(g)) pack_strips(part, gradient[g], rows);
-      multiply_strips(part, g, rows, chunk == 0);
+      const bool two = Cell::late_gate && g == 1;
+      const int64_t end = two ? early_rows : gradient[g].rows;
+      multiply_strips(part, g, rows, chunk == 0, gradient[g].column_panels, 0, end);
+      if (two) multiply_strips(part, g, rows, chunk == 0, late_columns, end, gate_rows);
     }
   }
 
@@ -709,33 +782,36 @@ class Backward {
     return g == 0 ? d.weight_ih : g == 1 ? d.weight_hh : d.weight_hr;
   }
 
-  void multiply_strips(const Part& part, int g, int64_t rows, bool first) {
+  // Of the rows of weight g those from `begin` to `end`, which multiplied what the columns hold.
+  void multiply_strips(const Part& part, int g, int64_t rows, bool first, Value* column_panels,
+                       int64_t begin, int64_t end) {
     constexpr int W = column_vectors, R = strip_rows;
     const Gradient& of = gradient[g];
     const Share strips(of.strip_count(), part.index, parts);
     C* const sums = sums_of(g, part.lane);
     alignas(64) C buffer[R * W * V::size];
     for (int64_t panel = 0; panel < of.panel_count(); ++panel) {
-      const Value* columns = columns_of(of, part.lane, panel);
+      const Value* columns = columns_of(column_panels, of, part.lane, panel);
       const int64_t column = panel * W * V::size;
-      for (int64_t row = strips.begin * V::size; row < strips.end * V::size && row < of.rows;
+      for (int64_t row = strips.begin * V::size; row < strips.end * V::size && row < end;
            row += R) {
+        if (row + R <= begin) continue;
         const auto* words =
             reinterpret_cast<const typename E::Word*>(strip_of(of, part.lane, row / V::size));
         // What the product will be added to, from afar while it runs.
-        for (int r = 0; r < R && !first && row + r < of.rows; ++r)
+        for (int r = 0; r < R && !first && row + r < end; ++r)
           for (int w = 0; w < W && column + w * V::size < of.columns; ++w)
             __builtin_prefetch(sums + (row + r) * of.columns + column + w * V::size, 1);
         // The first sums, if they fill a tile, are made where they belong.
         C* const result = sums + row * of.columns + column;
-        const bool whole = row + R <= of.rows && column + W * V::size <= of.columns;
+        const bool whole = row >= begin && row + R <= end && column + W * V::size <= of.columns;
         const bool in_place = first && whole;
         C* const tile = in_place ? result : buffer;
         product<E, W, R, 1, Layout::columns>(
             words + row % V::size, 0, word_count<E>(rows),
             {columns, 0, nullptr, tile, 0, in_place ? of.columns : W * V::size});
         if (in_place) continue;
-        for (int r = 0; r < R && row + r < of.rows; ++r)
+        for (int r = row < begin ? static_cast<int>(begin - row) : 0; r < R && row + r < end; ++r)
           for (int w = 0; w < W; ++w) {
             const int64_t n = of.columns - column - w * V::size;
             if (n <= 0) break;
@@ -825,13 +901,14 @@ class Backward {
   const LayerBackwardParams& p;
   const Host& host;
   const int64_t gate_rows;                    // G*H
+  const int64_t early_rows;                   // of them those whose product reads h
   const int64_t gates_width, d_output_width;  // of rows that are multiplied
   const int64_t h_width, c_width;
   const LayerNorm norm;
   const UnitWeightPlaces own;
   const bool split_gates;  // whether the gates of input and of h have gradients of their own
   const bool packed;       // whether weights are; a single row is multiplied faster without
-  PlainPanels hidden_panels, input_panels, projection_panels;
+  PlainPanels hidden_panels, late_panels, input_panels, projection_panels;
   const Division division;
   const int64_t parts;  // of a team
   const RowOrder order;
@@ -849,6 +926,7 @@ class Backward {
   Value* d_input_rows = nullptr;  // [lane][row of chunk][gates_width]
   Value* d_hidden_rows = nullptr;  // the same, or the same again if the cell splits its gates
   Value* d_output_rows = nullptr;  // [lane][row of chunk][d_output_width]
+  Value* late_columns = nullptr;   // as those of weight_hh, for the late gate's rows
   C* d_unit_rows = nullptr;        // [lane][row][weight of a unit][c_width]
   C* d_unit_sums = nullptr;        // [lane][weight of a unit][c_width]
   C* passing_c = nullptr;          // [of what][lane][row in order][c_width], under layer_norm

@@ -14,6 +14,9 @@
 //
 //   input_gates[panel][row of the chunk][gate][unit of the panel]
 //
+// A cell with a late gate (cells/cell.h) has a second product in every step, as a projection is: the
+// early gates' panels first, on h, then those of the late gate, on what the early ones left to read.
+//
 // State lives in row-major buffers; h alternates between two, since members read the whole of one
 // while they write their part of the other. Rows are dealt to blocks by falling length, so that the
 // rows still running at a timestep are the first ones of a block and finished rows cost nothing.
@@ -36,6 +39,10 @@ class Forward {
   static constexpr int per_gate = vectors_per_gate(Cell::gates);
   using GatePanels = Panels<E, Cell::gates, per_gate>;
   using PlainPanels = Panels<E, 1, 2>;
+  // Gates whose product reads h. A late one, the last, has panels of its own.
+  static constexpr int early_gates = Cell::gates - Cell::late_gate;
+  using HiddenPanels = Panels<E, early_gates, per_gate>;
+  static_assert(vectors_per_gate(early_gates) == per_gate, "panels of the same units");
   static constexpr int row_size = GatePanels::W * V::size;  // of a tile
   static constexpr int64_t chunk_rows = 256;
 
@@ -52,6 +59,7 @@ class Forward {
         input_panels({p.H, p.I, p.H * p.I, p.I, 1}),
         hidden_panels({p.H, p.P, p.H * p.P, p.P, 1}),
         projection_panels({p.P, p.H, 0, p.H, 1}, p.projected),
+        late_panels({p.H, p.P, 0, p.P, 1}, Cell::late_gate),
         division(p, Cell::gates * p.H * (p.P + p.I), hidden_panels.count, sizeof(Value),
                  host.threads),
         order(p, division.blocks),
@@ -83,6 +91,7 @@ class Forward {
     if (packed) {
       input_panels.take_memory(arena, p.L, with_bias);
       hidden_panels.take_memory(arena, p.L, with_bias);
+      late_panels.take_memory(arena, p.L, with_bias);
     }
     projection_panels.take_memory(arena, p.L);
     const int64_t teams = p.L * division.blocks;
@@ -91,7 +100,8 @@ class Forward {
     h_state[0] = arena.take<Value>(p.L * p.B * h_width);
     h_state[1] = arena.take<Value>(p.L * p.B * h_width);
     if (Cell::has_c) c_state = arena.take<C>(p.L * p.B * c_width);
-    if (p.projected) m_state = arena.take<Value>(p.L * p.B * m_width);
+    if (p.projected || Cell::late_gate) m_state = arena.take<Value>(p.L * p.B * m_width);
+    if (Cell::late_gate) early_state = arena.take<C>(p.L * p.B * early_gates * c_width);
     if (is_varied<Cell>) varied.take_memory(arena);
     if (norm != LayerNorm::none) {
       hidden_gates = arena.take<C>(teams * order.end(0) * input_panels.count * row_size);
@@ -106,7 +116,7 @@ class Forward {
   };
 
   int64_t norm_phases() const { return norm == LayerNorm::none ? 0 : 1 + Cell::has_c; }
-  int64_t phases_per_step() const { return 1 + norm_phases() + p.projected; }
+  int64_t phases_per_step() const { return 1 + norm_phases() + (p.projected || Cell::late_gate); }
   int64_t phases_per_chunk() const { return 1 + chunks.steps * phases_per_step(); }
 
   Value* h_row(int64_t buffer, int64_t lane, int64_t i) const {
@@ -114,6 +124,9 @@ class Forward {
   }
   C* c_row(int64_t lane, int64_t i) const { return c_state + (lane * p.B + i) * c_width; }
   Value* m_row(int64_t lane, int64_t i) const { return m_state + (lane * p.B + i) * m_width; }
+  C* early_row(int64_t lane, int64_t i) const {
+    return early_state + (lane * p.B + i) * early_gates * c_width;
+  }
   Value* input_row(const Part& part, int64_t row) const {
     return input_rows + (part.team * chunks.capacity + row) * x_width;
   }
@@ -124,7 +137,15 @@ class Forward {
   static const S* as_s(const void* data) { return static_cast<const S*>(data); }
 
   int64_t gate_panels() const { return packed ? hidden_panels.count : 0; }
-  int64_t panels_to_pack() const { return 2 * gate_panels() + projection_panels.count; }
+  int64_t second_panels() const {
+    return Cell::late_gate ? (packed ? late_panels.count : 0) : projection_panels.count;
+  }
+  int64_t panels_to_pack() const { return 2 * gate_panels() + second_panels(); }
+
+  // Of a weight or bias of G*H rows of n, those of the late gate.
+  const S* late_rows(const void* data, int64_t n) const {
+    return data ? as_s(data) + early_gates * p.H * n : nullptr;
+  }
 
   void pack(int64_t lane, const Share& share) {
     const auto& w = p.weights[lane];
@@ -133,6 +154,9 @@ class Forward {
         input_panels.pack(lane, i, as_s(w.weight_ih), as_s(w.bias_ih));
       else if (i < 2 * gate_panels())
         hidden_panels.pack(lane, i - gate_panels(), as_s(w.weight_hh), as_s(w.bias_hh));
+      else if (Cell::late_gate)
+        late_panels.pack(lane, i - 2 * gate_panels(), late_rows(w.weight_hh, p.P),
+                         late_rows(w.bias_hh, 1));
       else
         projection_panels.pack(lane, i - 2 * gate_panels(), as_s(w.weight_hr));
     }
@@ -149,8 +173,9 @@ class Forward {
       case 0:
         return cell_phase(part, chunk, step);
       case 1:
-        if constexpr (is_varied<Cell>)
+        if constexpr (is_varied<Cell> && !Cell::late_gate)
           if (norm != LayerNorm::none) return gates_phase(part, chunk, step);
+        if constexpr (Cell::late_gate) return late_phase(part, chunk, step);
         return projection_phase(part, step);
       case 2:
         if constexpr (is_varied<Cell> && Cell::has_c)
@@ -170,7 +195,7 @@ class Forward {
       // In both buffers: a row of a reverse lane may begin at any step.
       memset(h_row(0, lane, i), 0, h_width * sizeof(Value));
       memset(h_row(1, lane, i), 0, h_width * sizeof(Value));
-      if (p.projected) memset(m_row(lane, i), 0, m_width * sizeof(Value));
+      if (m_state) memset(m_row(lane, i), 0, m_width * sizeof(Value));
       if constexpr (is_varied<Cell>) varied.draw_keep(lane, b);
       for (int64_t unit = 0; unit < p.P; unit += V::size) {
         const int64_t n = p.P - unit;
@@ -201,8 +226,8 @@ class Forward {
   }
 
   // Rows times this member's share of the panels, packed or not; out and each as in Panels.
-  template <class Each>
-  HOST_DEVICE void multiply(const GatePanels& panels, const void* weights, const void* bias,
+  template <class WeightPanels, class Each>
+  HOST_DEVICE void multiply(const WeightPanels& panels, const void* weights, const void* bias,
                             const Part& part, bool backwards, const Rows<E>& rows, C* out,
                             int64_t out_stride, const Each& each) {
     const Share share(panels.count, part.member, division.members);
@@ -243,14 +268,14 @@ class Forward {
     if constexpr (is_varied<Cell>) {
       if (norm != LayerNorm::none)
         return product(hidden_of_panel(part, 0), [](int64_t, int64_t, int, const C*) {});
-      draw_zones(part, t, units_of_panels(part), !p.projected);
+      if (!Cell::late_gate) draw_zones(part, t, units_of_panels(part), !p.projected);
     }
     product(nullptr, [&](int64_t i, int64_t first, int height, const C* tile) {
       const C* inputs = gates_of_panel(part, i) + (chunk_row + first) * row_size;
       for (int r = 0; r < height; ++r) {
         const int64_t at = begin + first + r;
         cell_row(part, row_step(p, lane, order.row(at), t), at, step, i * GatePanels::units_each,
-                 inputs + r * row_size, tile + r * row_size);
+                 inputs + r * row_size, tile + r * HiddenPanels::W * V::size);
       }
     });
   }
@@ -261,7 +286,7 @@ class Forward {
       const int64_t unit = first_unit + v * V::size;
       if (unit >= p.H) break;
       V from_input[Cell::gates], from_hidden[Cell::gates];
-      for (int g = 0; g < Cell::gates; ++g) {
+      for (int g = 0; g < early_gates; ++g) {
         from_input[g] = V::load(inputs + (g * per_gate + v) * V::size);
         from_hidden[g] = V::load(tile + (g * per_gate + v) * V::size);
       }
@@ -273,15 +298,59 @@ class Forward {
                               int64_t unit, const V* from_input, const V* from_hidden) {
     Factors<V> factors;
     if constexpr (is_varied<Cell>) factors = factors_of(part, row, i, unit);
-    forward_units<Cell, S>(p, row, unit, p.H - unit, from_input, from_hidden,
-                           p.weights[row.lane].weight_ch, h_row(step, row.lane, i) + unit,
-                           Cell::has_c ? c_row(row.lane, i) + unit : nullptr,
-                           next_row(step, row.lane, i) + unit, factors);
+    if constexpr (Cell::late_gate)
+      forward_early_units<Cell, S>(p.H - unit, from_input, from_hidden,
+                                   h_row(step, row.lane, i) + unit, early_row(row.lane, i) + unit,
+                                   c_width, m_row(row.lane, i) + unit);
+    else
+      forward_units<Cell, S>(p, row, unit, p.H - unit, from_input, from_hidden,
+                             p.weights[row.lane].weight_ch, h_row(step, row.lane, i) + unit,
+                             Cell::has_c ? c_row(row.lane, i) + unit : nullptr,
+                             next_row(step, row.lane, i) + unit, factors);
   }
 
   // Where a cell leaves its h.
   Value* next_row(int64_t step, int64_t lane, int64_t i) const {
     return p.projected ? m_row(lane, i) : h_row(step + 1, lane, i);
+  }
+
+  // The late gate, and with it the rest of the cell. Its panels and those of the input gates are not
+  // shared out alike; what another member made of the latter was there before this phase.
+  void late_phase(const Part& part, int64_t chunk, int64_t step) {
+    constexpr int g = early_gates;  // the late one
+    const int64_t lane = part.lane, t = time_of_step(p, lane, step);
+    const auto times = chunks.times(is_reverse(p, lane), chunk);
+    const int64_t begin = order.begin(part.block);
+    const int64_t chunk_row = chunks.row(part.block, times, t, begin);
+    const auto& w = p.weights[lane];
+    if constexpr (is_varied<Cell>) {
+      const Share panels(late_panels.count, part.member, division.members);
+      draw_zones(part, t,
+                 {panels.begin * PlainPanels::units_each, panels.end * PlainPanels::units_each},
+                 true);
+    }
+    const auto late_unit = [&](int64_t r, int64_t unit, const C* from_product) {
+      const int64_t vector = unit / V::size, i = begin + r;
+      const C* inputs = gates_of_panel(part, vector / per_gate) + (chunk_row + r) * row_size;
+      V from_input[Cell::gates], from_hidden[Cell::gates];
+      from_input[g] = V::load(inputs + (g * per_gate + vector % per_gate) * V::size);
+      from_hidden[g] = V::load(from_product);
+      const RowStep row = row_step(p, lane, order.row(i), t);
+      Factors<V> factors;
+      if constexpr (is_varied<Cell>) factors = factors_of(part, row, i, unit);
+      forward_units<Cell, S>(p, row, unit, p.H - unit, from_input, from_hidden, nullptr,
+                             h_row(step, lane, i) + unit, nullptr, h_row(step + 1, lane, i) + unit,
+                             factors, early_row(lane, i) + unit, c_width);
+    };
+    multiply(late_panels, late_rows(w.weight_hh, p.P), late_rows(w.bias_hh, 1), part, step & 1,
+             {m_row(lane, begin), m_width / E::depth, order.active_end(part.block, t) - begin},
+             nullptr, 0, [&](int64_t i, int64_t first, int height, const C* tile) {
+               for (int r = 0; r < height; ++r)
+                 for (int v = 0; v < PlainPanels::W; ++v, tile += V::size) {
+                   const int64_t unit = i * PlainPanels::units_each + v * V::size;
+                   if (unit < p.H) late_unit(first + r, unit, tile);
+                 }
+             });
   }
 
   // ---- around a Varied cell
@@ -428,8 +497,9 @@ class Forward {
   const int64_t x_width, h_width, m_width, c_width;
   const LayerNorm norm;
   const bool packed;  // whether weights are; a few rows are multiplied faster without
-  GatePanels input_panels, hidden_panels;
-  PlainPanels projection_panels;
+  GatePanels input_panels;
+  HiddenPanels hidden_panels;
+  PlainPanels projection_panels, late_panels;
   const Division division;
   const RowOrder order;
   const Chunks chunks;
@@ -439,7 +509,9 @@ class Forward {
   Value* h_state[2] =
       {};  // [lane][row in order][h_width]: what the next product reads, and the other
   C* c_state = nullptr;       // [lane][row in order][c_width]
-  Value* m_state = nullptr;   // [lane][row in order][m_width]: h before the projection
+  Value* m_state = nullptr;   // [lane][row in order][m_width]: h before the projection, or what the
+                              // late gate's product reads
+  C* early_state = nullptr;   // [lane][row in order][early gate][c_width]
   C* hidden_gates = nullptr;  // [team][panel][row of block][gate][unit of panel], under layer_norm
   C* normal_gates = nullptr;  // [part][input, hidden][gate][c_width], likewise: of the row in hand
   C* new_c = nullptr;         // [c~, gate o][lane][row in order][c_width], likewise

@@ -129,6 +129,28 @@ HOST_DEVICE Vector<C> first_lanes(Vector<C> x, int64_t n) {
   return Memory<V>::load(lanes, n);
 }
 
+// Sums of `N` values over all units and gates: value(unit, gate, units there are, values). Four at a time,
+// so that no addition waits for the one before.
+template <class C, int N, class Value>
+HOST_DEVICE void sum_units(int64_t H, int gates, C (&result)[N], const Value& value) {
+  using V = Vector<C>;
+  V sums[4][N];
+  for (auto& of_four : sums)
+    for (auto& sum : of_four) sum = V(0);
+  for (int g = 0; g < gates; ++g)
+    for (int64_t first = 0; first < H; first += 4 * V::size)
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        const int64_t unit = first + j * V::size;
+        if (unit >= H) break;
+        V values[N];
+        value(unit, g, H - unit, values);
+        for (int k = 0; k < N; ++k) sums[j][k] = sums[j][k] + first_lanes<C>(values[k], H - unit);
+      }
+  for (int k = 0; k < N; ++k)
+    result[k] = sum_of_lanes((sums[0][k] + sums[1][k]) + (sums[2][k] + sums[3][k]));
+}
+
 // Mean of a row, and 1 over its standard deviation.
 template <class C>
 struct Moments {
@@ -143,22 +165,23 @@ template <class C>
 __attribute__((noinline)) Moments<C> moments(int64_t H, int gates, const GateRow<const C>& x,
                                              const GateRow<const C>& y) {
   using V = Vector<C>;
-  const auto value = [&](int64_t unit, int g) {
-    const V of_x = V::load(x.at(unit, g));
-    return y ? of_x + V::load(y.at(unit, g)) : of_x;
-  };
   const C count = static_cast<C>(gates * H);
-  V sum(0), squares(0);
-  for (int64_t unit = 0; unit < H; unit += V::size)
-    for (int g = 0; g < gates; ++g) sum = sum + first_lanes<C>(value(unit, g), H - unit);
-  const C mean = sum_of_lanes(sum) / count;
-  for (int64_t unit = 0; unit < H; unit += V::size)
-    for (int g = 0; g < gates; ++g) {
-      const V d = first_lanes<C>(value(unit, g) - V(mean), H - unit);
-      squares = squares + d * d;
-    }
-  const C variance = sum_of_lanes(squares) / count;
-  return {mean, static_cast<C>(1 / __builtin_sqrt(variance + Moments<C>::epsilon))};
+  const auto of_rows = [&](const auto& value) -> Moments<C> {
+    C sum[1], squares[1];
+    sum_units<C>(H, gates, sum,
+                 [&](int64_t unit, int g, int64_t, V* values) { values[0] = value(unit, g); });
+    const C mean = sum[0] / count;
+    sum_units<C>(H, gates, squares, [&](int64_t unit, int g, int64_t, V* values) {
+      const V d = value(unit, g) - V(mean);
+      values[0] = d * d;
+    });
+    const C variance = squares[0] / count;
+    return {mean, static_cast<C>(1 / __builtin_sqrt(variance + Moments<C>::epsilon))};
+  };
+  if (y)
+    return of_rows(
+        [&](int64_t unit, int g) { return V::load(x.at(unit, g)) + V::load(y.at(unit, g)); });
+  return of_rows([&](int64_t unit, int g) { return V::load(x.at(unit, g)); });
 }
 
 // Weight and bias of a normalisation at units `at` and on.
@@ -209,16 +232,13 @@ __attribute__((noinline)) NormGradient<C> norm_gradient(int64_t H, int gates, C 
                                                         const void* weight) {
   using V = Vector<C>;
   const C count = static_cast<C>(gates * H);
-  V sum(0), products(0);
-  for (int64_t unit = 0; unit < H; unit += V::size)
-    for (int g = 0; g < gates; ++g) {
-      const int64_t n = H - unit;
-      const V d_normal = first_lanes<C>(V::load(d.at(unit, g)), n) *
-                         Memory<V>::load(static_cast<const S*>(weight) + g * H + unit, n);
-      sum = sum + d_normal;
-      products = products + d_normal * Memory<V>::load(normal.at(unit, g), n);
-    }
-  return {scale, sum_of_lanes(sum) / count, sum_of_lanes(products) / count};
+  C sums[2];
+  sum_units<C>(H, gates, sums, [&](int64_t unit, int g, int64_t n, V* values) {
+    values[0] = first_lanes<C>(V::load(d.at(unit, g)), n) *
+                Memory<V>::load(static_cast<const S*>(weight) + g * H + unit, n);
+    values[1] = values[0] * Memory<V>::load(normal.at(unit, g), n);
+  });
+  return {scale, sums[0] / count, sums[1] / count};
 }
 
 // The gradient of what was normalised, to `to` and, if it is there, `too`; what it adds to those of weight

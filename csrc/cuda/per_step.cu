@@ -2,10 +2,18 @@
 //
 // Per timestep one matrix product (the library's) and one kernel around the cell (step.h), which takes
 // both gate products and does everything else: ragged time, resets, reserve, outputs. With a
-// projection, a product and a kernel more.
+// projection, a product and a kernel more, as with a late gate (cells/cell.h), whose first product is of
+// the early gates alone.
 //
 //   forward    hidden_gates (L, B, G*H) = h (L, B, P) W_hh^T       then forward_kernel
 //   backward   d_h (L, B, P) = d_gates (L, B, G*H) W_hh            then backward_kernel
+//
+// and with a late gate, E = G - 1 early ones, the rows of W_hh being W_early, then W_late:
+//
+//   forward    hidden_gates (L, B, E*H) = h (L, B, H) W_early^T    then forward_early_kernel
+//              late (L, B, H) = read (L, B, H) W_late^T            then forward_kernel
+//   backward   d_h (L, B, H) = d_gates (L, B, E*H) W_early         then backward_kernel
+//              d_read (L, B, H) = d_late (L, B, H) W_late          then backward_early_kernel
 //
 // A thread owns one hidden unit of one row of one lane: x runs over units, so that every load and
 // store of a warp is contiguous; y over rows, striding; z over lanes. State stays in global memory: h
@@ -29,6 +37,10 @@ struct ForwardState {
   S* unprojected;   // (L, B, H)
   S* hidden_gates;  // (L, B, G*H): this step's product
   S* projected;     // (L, B, P): this step's second product
+  // With a late gate hidden_gates is (L, B, E*H), followed by `late`:
+  Compute<S>* early;  // (L, B, E*H): the early gates
+  S* read;            // (L, B, H): what the late gate's product reads
+  S* late;            // (L, B, H): that product
 };
 
 template <class S>
@@ -39,7 +51,13 @@ struct BackwardState {
   Compute<S>* d_c;   // (L, B, H)
   S* d_output;       // (L, B, P): whole gradient of the projected h
   S* d_unprojected;  // (L, B, H): d_output W_hr
+  // With a late gate d_gates is (L, B, E*H), followed by d_late:
+  S* d_late;  // (L, B, H)
+  S* d_read;  // (L, B, H): d_late W_late
 };
+
+template <class Cell>
+constexpr int early_gates = Cell::gates - Cell::late_gate;
 
 DEVICE int64_t unit_index() { return int64_t(block_index().x) * block_size() + thread_index(); }
 DEVICE int64_t row_index() { return block_index().y; }
@@ -75,6 +93,34 @@ KERNEL void load_initial_kernel(RecurrenceForwardParams p, ForwardState<S> state
   }
 }
 
+// The early gates of a cell with a late one.
+template <class Cell, class S>
+KERNEL void forward_early_kernel(RecurrenceForwardParams p, ForwardState<S> state, int64_t step) {
+  using V = Compute<S>;
+  constexpr int E = early_gates<Cell>;
+  const int64_t unit = unit_index(), lane = lane_index();
+  const int64_t t = time_of_step(p, lane, step);
+  const S* bias = static_cast<const S*>(p.bias_hh);
+  if (unit >= p.H) return;
+  for (int64_t b = row_index(); b < p.B; b += row_stride()) {
+    if (t >= row_length(p, b)) continue;
+    V input_gates[E], hidden_gates[E];
+    const S* inputs = p.input_gates.at<S>(t, b, lane) + unit;
+    const S* products = at(state.hidden_gates, p.B, E * p.H, lane, b) + unit;
+    for (int g = 0; g < E; ++g) {
+      input_gates[g] = Memory<V>::load(inputs + g * p.H, 1);
+      hidden_gates[g] = Memory<V>::load(products + g * p.H, 1);
+      if (bias)
+        hidden_gates[g] =
+            hidden_gates[g] + Memory<V>::load(bias + (lane * Cell::gates + g) * p.H + unit, 1);
+    }
+    forward_early_units<Cell, S>(1, input_gates, hidden_gates,
+                                 at(state.h, p.B, p.P, lane, b) + unit,
+                                 at(state.early, p.B, E * p.H, lane, b) + unit, p.H,
+                                 at(state.read, p.B, p.H, lane, b) + unit);
+  }
+}
+
 template <class Cell, class S>
 KERNEL void forward_kernel(RecurrenceForwardParams p, ForwardState<S> state, int64_t step) {
   using V = Compute<S>;
@@ -87,18 +133,23 @@ KERNEL void forward_kernel(RecurrenceForwardParams p, ForwardState<S> state, int
     const RowStep row = row_step(p, lane, b, t);
     V input_gates[Cell::gates], hidden_gates[Cell::gates];
     const S* inputs = p.input_gates.at<S>(t, b, lane) + unit;
-    const S* product = at(state.hidden_gates, p.B, Cell::gates * p.H, lane, b) + unit;
-    for (int g = 0; g < Cell::gates; ++g) {
+    constexpr int first = Cell::late_gate ? Cell::gates - 1 : 0;
+    const S* product = (Cell::late_gate ? at(state.late, p.B, p.H, lane, b)
+                                        : at(state.hidden_gates, p.B, Cell::gates * p.H, lane, b)) +
+                       unit;
+    for (int g = first; g < Cell::gates; ++g) {
       input_gates[g] = Memory<V>::load(inputs + g * p.H, 1);
-      hidden_gates[g] = Memory<V>::load(product + g * p.H, 1);
+      hidden_gates[g] = Memory<V>::load(product + (g - first) * p.H, 1);
       if (bias)
         hidden_gates[g] =
             hidden_gates[g] + Memory<V>::load(bias + (lane * Cell::gates + g) * p.H + unit, 1);
     }
     S* h = p.projected ? at(state.unprojected, p.B, p.H, lane, b) : at(state.h, p.B, p.P, lane, b);
-    forward_units<Cell, S>(p, row, unit, 1, input_gates, hidden_gates,
-                           weight_ch_of<Cell, S>(p, lane), h + unit,
-                           Cell::has_c ? at(state.c, p.B, p.H, lane, b) + unit : nullptr, h + unit);
+    forward_units<Cell, S>(
+        p, row, unit, 1, input_gates, hidden_gates, weight_ch_of<Cell, S>(p, lane), h + unit,
+        Cell::has_c ? at(state.c, p.B, p.H, lane, b) + unit : nullptr, h + unit, {},
+        Cell::late_gate ? at(state.early, p.B, early_gates<Cell> * p.H, lane, b) + unit : nullptr,
+        p.H);
   }
 }
 
@@ -144,13 +195,15 @@ DEVICE void backward_unit(const RecurrenceBackwardParams& p, const BackwardState
     for (int k = 0; k < Cell::unit_weights; ++k)
       p.d_weight_ch.at<V>(row.t, row.b, row.lane)[k * p.H + unit] = d_weight_ch[k];
   S* d_inputs = p.d_input_gates.at<S>(row.t, row.b, row.lane) + unit;
-  S* d_gates = at(state.d_gates, p.B, Cell::gates * p.H, row.lane, row.b) + unit;
-  for (int g = 0; g < Cell::gates; ++g) {
+  S* d_gates = at(state.d_gates, p.B, early_gates<Cell> * p.H, row.lane, row.b) + unit;
+  for (int g = Cell::late_gate ? 1 : 0; g < Cell::gates; ++g) {
     Memory<V>::store(d_input_gates[g], d_inputs + g * p.H, 1);
     if constexpr (Cell::split_gates)
       Memory<V>::store(d_hidden_gates[g],
                        p.d_hidden_gates.at<S>(row.t, row.b, row.lane) + g * p.H + unit, 1);
-    Memory<V>::store(row.reset ? V(0) : d_hidden_gates[g], d_gates + g * p.H, 1);
+    const bool late = Cell::late_gate && g == Cell::gates - 1;
+    S* d_gate = late ? at(state.d_late, p.B, p.H, row.lane, row.b) + unit : d_gates + g * p.H;
+    Memory<V>::store(row.reset ? V(0) : d_hidden_gates[g], d_gate, 1);
   }
 }
 
@@ -173,6 +226,25 @@ KERNEL void backward_kernel(RecurrenceBackwardParams p, BackwardState<S> state, 
     } else {
       backward_unit<Cell>(p, state, row, unit, d_h);
     }
+  }
+}
+
+// The gate that waited for d_read.
+template <class Cell, class S>
+KERNEL void backward_early_kernel(RecurrenceBackwardParams p, BackwardState<S> state,
+                                  int64_t step) {
+  using V = Compute<S>;
+  const int64_t unit = unit_index(), lane = lane_index();
+  const int64_t t = time_of_step(p, lane, p.T - 1 - step);
+  if (unit >= p.H) return;
+  for (int64_t b = row_index(); b < p.B; b += row_stride()) {
+    if (t >= row_length(p, b)) continue;
+    const V d_gate = backward_early_units<Cell, S>(
+        p, row_step(p, lane, b, t), unit, 1,
+        Memory<V>::load(at(state.d_read, p.B, p.H, lane, b) + unit, 1),
+        at(state.d_h, p.B, p.P, lane, b) + unit, V(1));
+    Memory<V>::store(d_gate, p.d_input_gates.at<S>(t, b, lane) + unit, 1);
+    Memory<V>::store(d_gate, at(state.d_gates, p.B, early_gates<Cell> * p.H, lane, b) + unit, 1);
   }
 }
 
@@ -221,17 +293,32 @@ T* take(const Host& host, int64_t count) {
   return static_cast<T*>(host.allocate(count * sizeof(T)));
 }
 
+// The late gate's rows of W_hh, of the first lane.
+template <class Cell, class S, class Params>
+const S* late_weight(const Params& p) {
+  return static_cast<const S*>(p.weight_hh) + early_gates<Cell> * p.H * p.P;
+}
+
 template <class Cell, class S>
 void forward(const RecurrenceForwardParams& p, const Host& host) {
   const auto stream = static_cast<Stream>(host.stream);
   const int64_t rows = p.L * p.B, gate_rows = Cell::gates * p.H;
+  const int64_t early_rows = early_gates<Cell> * p.H;
   ForwardState<S> state{};
   state.h = take<S>(host, rows * p.P);
   state.hidden_gates = take<S>(host, rows * gate_rows);
   if (Cell::has_c) state.c = take<Compute<S>>(host, rows * p.H);
-  const auto hidden_product = host.prepare(
-      {p.dtype, state.h, p.weight_hh, state.hidden_gates, p.L, p.B, gate_rows, p.P, true});
-  std::function<void()> projection;
+  const auto hidden_product = host.prepare({p.dtype, state.h, p.weight_hh, state.hidden_gates, p.L,
+                                            p.B, early_rows, p.P, true, gate_rows * p.P});
+  std::function<void()> projection, late_product;
+  if constexpr (Cell::late_gate) {
+    state.early = take<Compute<S>>(host, rows * early_rows);
+    state.read = take<S>(host, rows * p.H);
+    state.late = state.hidden_gates + rows * early_rows;
+    set_zero(state.read, rows * p.H * sizeof(S), stream);
+    late_product = host.prepare({p.dtype, state.read, late_weight<Cell, S>(p), state.late, p.L, p.B,
+                                 p.H, p.P, true, gate_rows * p.P});
+  }
   if (p.projected) {
     state.unprojected = take<S>(host, rows * p.H);
     state.projected = take<S>(host, rows * p.P);
@@ -243,6 +330,10 @@ void forward(const RecurrenceForwardParams& p, const Host& host) {
   launch(load_initial_kernel<Cell, S>, grid_over(p, p.P > p.H ? p.P : p.H), stream, p, state);
   for (int64_t step = 0; step < p.T; ++step) {
     hidden_product();
+    if constexpr (Cell::late_gate) {
+      launch(forward_early_kernel<Cell, S>, grid_over(p, p.H), stream, p, state, step);
+      late_product();
+    }
     launch(forward_kernel<Cell, S>, grid_over(p, p.H), stream, p, state, step);
     if (p.projected) {
       projection();
@@ -255,14 +346,21 @@ template <class Cell, class S>
 void backward(const RecurrenceBackwardParams& p, const Host& host) {
   const auto stream = static_cast<Stream>(host.stream);
   const int64_t rows = p.L * p.B, gate_rows = Cell::gates * p.H;
+  const int64_t early_rows = early_gates<Cell> * p.H;
   BackwardState<S> state{};
   state.d_gates = take<S>(host, rows * gate_rows);
   state.product = take<S>(host, rows * p.P);
   state.d_h = take<Compute<S>>(host, rows * p.P);
   if (Cell::has_c) state.d_c = take<Compute<S>>(host, rows * p.H);
-  const auto hidden_product = host.prepare(
-      {p.dtype, state.d_gates, p.weight_hh, state.product, p.L, p.B, p.P, gate_rows, false});
-  std::function<void()> projection;
+  const auto hidden_product = host.prepare({p.dtype, state.d_gates, p.weight_hh, state.product, p.L,
+                                            p.B, p.P, early_rows, false, gate_rows * p.P});
+  std::function<void()> projection, late_product;
+  if constexpr (Cell::late_gate) {
+    state.d_late = state.d_gates + rows * early_rows;
+    state.d_read = take<S>(host, rows * p.H);
+    late_product = host.prepare({p.dtype, state.d_late, late_weight<Cell, S>(p), state.d_read, p.L,
+                                 p.B, p.P, p.H, false, gate_rows * p.P});
+  }
   if (p.projected) {
     state.d_output = take<S>(host, rows * p.P);
     state.d_unprojected = take<S>(host, rows * p.H);
@@ -275,6 +373,10 @@ void backward(const RecurrenceBackwardParams& p, const Host& host) {
   for (int64_t step = 0; step < p.T; ++step) {
     hidden_product();
     launch(backward_kernel<Cell, S>, grid_over(p, p.P), stream, p, state, step);
+    if constexpr (Cell::late_gate) {
+      late_product();
+      launch(backward_early_kernel<Cell, S>, grid_over(p, p.H), stream, p, state, step);
+    }
     if (p.projected) {
       projection();
       launch(backward_projected_kernel<Cell, S>, grid_over(p, p.H), stream, p, state, step);

@@ -16,6 +16,7 @@ struct Product {
   void* out;
   int64_t lanes, m, n, k;
   bool transpose_b;
+  int64_t b_stride = 0;  // from b[l] to b[l+1] in elements, unless they follow one another
 };
 
 // What the engine asks of its host. Everything happens in order on `stream`.

@@ -82,7 +82,10 @@ class Arguments {
       return [this, product, run = given.prepare(product), a = bytes(product.m, product.k),
               b = bytes(product.k, product.n), out = bytes(product.m, product.n)] {
         host_reads(product.a, a, "a product");
-        host_reads(product.b, b, "a product");
+        const int64_t stride = product.b_stride * storage_bytes();
+        for (int64_t lane = 0; lane < (stride ? product.lanes : 1); ++lane)
+          host_reads(static_cast<const char*>(product.b) + lane * stride,
+                     stride ? b / product.lanes : b, "a product");
         run();
         host_wrote(product.out, out);
       };
