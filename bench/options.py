@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import fused_rnn
-from fused_rnn import ops, reference
+from fused_rnn import functional, ops, reference
 
 from . import layers, timing
 from .layers import Called
@@ -38,12 +38,47 @@ VARIANTS: dict[str, tuple[dict[str, Any], Sequence[str]]] = {
     "coupled": ({"coupled": True}, ("LSTM",)),
     "reset before": ({"reset_after": False}, ("GRU",)),
     "heads": ({"num_heads": 4}, ("LSTM", "GRU", "RNN")),
+    "layer norm": ({"layer_norm": True}, ("LSTM", "GRU", "RNN")),
+    "joint layer norm": ({"layer_norm": "joint"}, ("LSTM", "GRU", "RNN")),
+    "zoneout": ({"zoneout": 0.1}, ("LSTM", "GRU", "RNN")),
+    "recurrent dropout": ({"recurrent_dropout": 0.3}, ("LSTM", "GRU", "RNN")),
+    "weight dropout": ({"weight_dropout": 0.3}, ("LSTM", "GRU", "RNN")),
 }
 VARIANT_SHAPE = Shape(128, 16, 128, 128)
 
 
+class _Drawn(Called):
+    """Every call draws the same numbers, so that it can be checked."""
+
+    def forward(self, input: Tensor) -> tuple[Tensor, Any]:
+        torch.manual_seed(0)
+        return super().forward(input)
+
+
 class _Loop(Called):
     """The same by the reference."""
+
+    # What is drawn, before it is timed: a loop of one's own would take torch's generator for that.
+    _factors: Sequence[reference.Factors] = ()
+    _weight_factors: Tensor | None = None
+
+    def _draw(self, input: Tensor) -> functional.Options | None:
+        options: functional.Options | None = self.layer._options()  # type: ignore[operator]
+        if options is None or self._factors:
+            return options
+        torch.manual_seed(0)
+        T, B, _ = input.shape
+        H = int(self.layer.hidden_size)  # type: ignore[arg-type]
+        if options.weight_dropout > 0:
+            self._weight_factors = reference.dropout_factors(
+                int(torch.randint(2**62, ())), reference.WEIGHT_DROPOUT,
+                self.layer.weight_hh_l0.shape, options.weight_dropout, input,  # type: ignore[union-attr, arg-type]
+            )  # fmt: skip
+        self._factors = reference.layer_factors(
+            (T, B, 1), (H, H), options.zoneout, options.recurrent_dropout,
+            int(torch.randint(2**62, ())), input,
+        )  # fmt: skip
+        return options
 
     def forward(self, input: Tensor) -> tuple[Tensor, Any]:
         layer, lengths = self.layer, self.arguments.get("lengths")
@@ -51,10 +86,16 @@ class _Loop(Called):
             input, lengths = pad_packed_sequence(PackedSequence(input, self.batch_sizes))
         cell = ops.CELLS[layer._cell()]  # type: ignore[operator]
         zeros = input.new_zeros((1, input.shape[1], int(layer.hidden_size)))  # type: ignore[arg-type]
-        weights = cell.by_lane(list(layer.parameters()), has_biases=True, lanes=1)
+        options = self._draw(input)
+        weights = cell.by_lane(
+            list(layer.parameters()), has_biases=True, lanes=1,
+            layer_norm=options.layer_norm if options else 0,
+        )  # fmt: skip
+        if self._weight_factors is not None:
+            weights = [w._replace(weight_hh=w.weight_hh * self._weight_factors) for w in weights]
         output, h_n, c_n, _ = reference.layer(
             cell.name, input, zeros, zeros if cell.has_c else None, weights, lengths,
-            self.arguments.get("resets"),
+            self.arguments.get("resets"), factors=self._factors,
         )  # fmt: skip
         output = output.flatten(2)
         if self.batch_sizes is not None:
@@ -126,7 +167,7 @@ def _pairs(option: str, cell: str, mode: str, shape: Shape) -> tuple[timing.Pair
         return make(kind(mine, batch_sizes, **arguments), given[0], given[1:])
 
     own = dtype
-    ours, device = run(Called, dtype), torch.device("cpu")
+    ours, device = run(_Drawn if option in VARIANTS else Called, dtype), torch.device("cpu")
     checked = timing.Pair(ours, run(_Loop, dtype), run(_Loop, torch.float64), device)
     plain = make(Called(plain_layer), dense, [draw(T, B, H), *states])
     if option == "one thread":
