@@ -3,6 +3,7 @@
 from . import functional
 from .attention import Attention, AttentionDecoder
 from .convert import convert, patch
+from .haste import from_haste
 from .keras import from_keras
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 
@@ -18,6 +19,7 @@ __all__ = [
     "LSTMCell",
     "RNNCell",
     "convert",
+    "from_haste",
     "from_keras",
     "functional",
     "patch",

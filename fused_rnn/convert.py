@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from . import modules
+from . import modules, torchaudio
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -29,10 +30,13 @@ _FUSED: dict[type[nn.Module], type[nn.Module]] = {
 def convert(model: M) -> M:
     """Replaces every torch.nn RNN, LSTM, GRU and cell of a model by its fused twin, in place.
 
+    And every LSTM of torchaudio's RNN-T predictor (``_CustomLSTM`` of torchaudio.models.rnnt, with
+    or without layer normalisation), which is called, and returns its states, as before.
+
     The twins share the Parameter objects, so optimizers, tied weights and state_dicts stay valid;
     buffers, hooks, parametrizations, training mode and attributes come along. A subclass keeps its
     own methods, and what it inherits becomes fused. A layer that several parents hold is replaced
-    by one twin in all of them.
+    by one twin in all of them. What TorchScript has compiled is left alone.
 
     Args:
         model: any module. Only references held as submodules are replaced; a layer that is also
@@ -40,6 +44,12 @@ def convert(model: M) -> M:
 
     Returns:
         The model; a bare layer returns its twin and is left as it was.
+
+    Warns:
+        UserWarning: an LSTM of torchaudio's is left alone, since its results would not be the same:
+            its normalisations have another eps than 1e-5, or a submodule of it was replaced or has
+            hooks (as old-style ``weight_norm`` sets). The message names the layer, what was
+            expected and what is given.
     """
     twins: dict[nn.Module, nn.Module] = {}
 
@@ -48,20 +58,30 @@ def convert(model: M) -> M:
             twins[module] = _twin(module, replaces=module is not model)
         return twins[module]
 
-    if _torch_layer(type(model)) is not None:
+    def has_twin(module: nn.Module | None, name: str) -> bool:
+        layer = None if module is None else _known_layer(type(module))
+        if layer is None or layer in _FUSED:
+            return layer is not None
+        reason = torchaudio.refusal(module)  # type: ignore[arg-type]
+        if reason is not None:
+            warnings.warn(f"fused_rnn.convert leaves {name} as it is: {reason}", stacklevel=3)
+        return reason is None
+
+    if has_twin(model, type(model).__name__):
         model = twin(model)  # type: ignore[assignment]
-    for parent in list(model.modules()):
+    for path, parent in list(model.named_modules()):
         for name, child in parent._modules.items():
-            if child is not None and _torch_layer(type(child)) is not None:
-                parent._modules[name] = twin(child)
+            if has_twin(child, f"{path}.{name}".removeprefix(".")):
+                parent._modules[name] = twin(child)  # type: ignore[arg-type]
     return model
 
 
-def _torch_layer(cls: type) -> type[nn.Module] | None:
-    """The torch.nn layer that ``cls`` is or derives from, unless it is fused already."""
-    if issubclass(cls, tuple(_FUSED.values())):
+def _known_layer(cls: type) -> type[nn.Module] | None:
+    """The layer of torch.nn or torchaudio that ``cls`` is or derives from, unless fused already."""
+    if issubclass(cls, (*_FUSED.values(), torchaudio.PredictorLSTM)):
         return None
-    return next((base for base in cls.__mro__ if base in _FUSED), None)
+    known = (base for base in cls.__mro__ if base in _FUSED or torchaudio.is_predictor_lstm(base))
+    return next(known, None)
 
 
 def _twin(module: nn.Module, replaces: bool) -> nn.Module:
@@ -90,10 +110,12 @@ def _fused_class(cls: type[nn.Module]) -> type[nn.Module]:
         return _FUSED[cls]
     # A subclass. In (Subclass, Bridge) with Bridge(fused, torch's) the order of resolution is
     # Subclass, fused, torch's: the subclass's methods and its super() calls find the fused layer.
-    base = _torch_layer(cls)
+    base = _known_layer(cls)
     assert base is not None
-    bridge = type(f"Fused{base.__name__}", (_FUSED[base], base), {"__module__": __name__})
-    return type(cls.__name__, (cls, bridge), {"__module__": cls.__module__, "__reduce__": _reduce,
+    fused = _FUSED.get(base, torchaudio.PredictorLSTM)
+    bridge = type(f"Fused{base.__name__}", (fused, base), {"__module__": __name__})
+    bases = (bridge,) if cls is base else (cls, bridge)  # torchaudio's own class is one, too
+    return type(cls.__name__, bases, {"__module__": cls.__module__, "__reduce__": _reduce,
                                               "_converted_from": cls})  # fmt: skip
 
 

@@ -8,9 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .layouts import gates_and_size, in_our_order
+
 # By gates: where our gates stand among Keras's. LSTM has i, f, c, o for our i, f, g, o; GRU z, r, h
 # for our r, z, n.
 _ORDER = {1: (0,), 3: (1, 0, 2), 4: (0, 1, 2, 3)}
+_LAYERS = {1: "SimpleRNN", 4: "LSTM", 3: "GRU"}
 
 
 def from_keras(weights: Sequence[Any], *, reset_after: bool = True) -> dict[str, Tensor]:
@@ -52,22 +55,10 @@ def from_keras(weights: Sequence[Any], *, reset_after: bool = True) -> dict[str,
 
 def _direction(weights: Sequence[Tensor], reset_after: bool) -> dict[str, Tensor]:
     kernel, recurrent, *bias = weights
-    H = recurrent.shape[0] if recurrent.dim() == 2 else 0
-    gates = recurrent.shape[1] // H if H else 0
-    if recurrent.dim() != 2 or gates not in _ORDER or recurrent.shape[1] != gates * H:
-        raise ValueError(
-            "Expected recurrent_kernel of shape (H, H) for SimpleRNN, (H, 4*H) for LSTM or "
-            f"(H, 3*H) for GRU, got {tuple(recurrent.shape)}"
-        )
-    if kernel.dim() != 2 or kernel.shape[1] != gates * H:
-        raise ValueError(
-            f"Expected kernel of shape (I, {gates * H}) beside recurrent_kernel "
-            f"{tuple(recurrent.shape)}, got {tuple(kernel.shape)}"
-        )
+    gates, H = gates_and_size(kernel, recurrent, _LAYERS)
 
     def ours(rows: Tensor) -> Tensor:
-        """(G*H, ...) in our order of gates."""
-        return rows.unflatten(0, (gates, H))[list(_ORDER[gates])].flatten(0, 1)
+        return in_our_order(rows, _ORDER[gates])
 
     found = {"weight_ih": ours(kernel.t()), "weight_hh": ours(recurrent.t())}
     if bias:

@@ -6,6 +6,8 @@ import copy
 import gc
 import pickle
 import sys
+import types
+import warnings
 import weakref
 
 import pytest
@@ -482,6 +484,244 @@ def test_converted_layers_are_freed():
     convert(model)
     gc.collect()
     assert gone() is None
+
+
+# torchaudio's LSTM
+
+
+class _CustomLSTM(nn.Module):
+    """The equations of torchaudio's class of this name (models/rnnt.py), step by step."""
+
+    def __init__(self, input_dim, hidden_dim, layer_norm=False, layer_norm_epsilon=1e-5):
+        super().__init__()
+        self.hidden_dim = hidden_dim
+        self.x2g = nn.Linear(input_dim, 4 * hidden_dim, bias=not layer_norm)
+        self.p2g = nn.Linear(hidden_dim, 4 * hidden_dim, bias=False)
+        norms = [nn.Identity(), nn.Identity()]
+        if layer_norm:
+            norms = [nn.LayerNorm(n * hidden_dim, eps=layer_norm_epsilon) for n in (1, 4)]
+            for norm in norms:  # which begin as nothing
+                nn.init.uniform_(norm.weight, 0.5, 1.5)
+                nn.init.uniform_(norm.bias, -0.5, 0.5)
+        self.c_norm, self.g_norm = norms
+
+    def forward(self, input, state: list[torch.Tensor] | None):
+        if state is None:
+            zeros = torch.zeros(input.size(1), self.hidden_dim, dtype=input.dtype)
+            state = [zeros, zeros]
+        h, c = state[0], state[1]
+        outputs = []
+        for x in self.x2g(input):
+            i, f, g, o = self.g_norm(x + self.p2g(h)).chunk(4, dim=1)
+            c = self.c_norm(f.sigmoid() * c + i.sigmoid() * g.tanh())
+            h = o.sigmoid() * c.tanh()
+            outputs.append(h)
+        return torch.stack(outputs), [h, c]
+
+
+_CustomLSTM.__module__ = "torchaudio.models.rnnt"
+
+
+class HalfPredictor(_CustomLSTM):
+    def forward(self, input, state):
+        output, state = super().forward(input, state)
+        return output / 2, state
+
+
+class Predictor(nn.Module):
+    """As torchaudio's: layers over each other, each with a state of its own."""
+
+    def __init__(self, **options):
+        super().__init__()
+        torch.manual_seed(0)
+        sizes = (4, 6, 6)
+        self.lstm_layers = nn.ModuleList(_CustomLSTM(n, 6, **options) for n in sizes)
+
+    def forward(self, x, states):
+        new = []
+        for layer, state in zip(self.lstm_layers, states or [None] * 3, strict=True):
+            x, state = layer(x, state)
+            new.append(state)
+        return x, new
+
+
+def is_fused(layer):
+    return isinstance(layer, fused_rnn.torchaudio.PredictorLSTM)
+
+
+norm_or_not = pytest.mark.parametrize("layer_norm", [False, True])
+
+
+@norm_or_not
+@pytest.mark.parametrize("has_state", [False, True])
+def test_torchaudio(layer_norm, has_state):
+    model = Predictor(layer_norm=layer_norm).double()
+    plain = copy.deepcopy(model)
+    inputs = [data(5, 2, 4)]
+    states = [[0.5 * data(2, 6), data(2, 6)] for _ in range(3)] if has_state else None
+    assert_converts(model, *inputs, states)
+    assert all(map(is_fused, model.lstm_layers))
+    leaves = inputs + flat(states or [])
+    for leaf in leaves:
+        leaf.requires_grad_()
+    results = []
+    for m in (model, plain):
+        outputs = flat(m(*inputs, states))
+        coefficients = [data(*t.shape) for t in outputs]
+        loss = sum((k * t).sum() for k, t in zip(coefficients, outputs, strict=True))
+        results.append((outputs, torch.autograd.grad(loss, [*leaves, *m.parameters()])))
+    torch.testing.assert_close(*results, rtol=1e-10, atol=1e-10)
+
+
+@norm_or_not
+def test_torchaudio_in_pieces(layer_norm):
+    layer = convert(_CustomLSTM(4, 6, layer_norm).double())
+    assert is_fused(layer) and isinstance(layer, _CustomLSTM)
+    x = data(5, 2, 4)
+    output, state = layer(x, None)
+    assert type(state) is list and [s.shape for s in state] == [(2, 6)] * 2
+    first, between = layer(x[:2], None)
+    second, after = layer(input=x[2:], state=tuple(between))
+    torch.testing.assert_close(torch.cat([first, second]), output, **CLOSE)
+    torch.testing.assert_close(after, state, **CLOSE)
+    assert torch.equal(torch.compile(layer, fullgraph=True, backend="eager")(x, None)[0], output)
+
+
+def test_torchaudio_keeps_modes_hooks_and_tied_weights():
+    model = nn.Sequential(_CustomLSTM(4, 6, True), nn.Identity()).double().eval()
+    layer, calls = model[0], []
+    layer.register_buffer("steps", torch.tensor(3))
+    handle = layer.register_forward_hook(lambda m, args, out: calls.append(type(m)))
+    keys = list(model.state_dict())
+    convert(model)
+    assert list(model.state_dict()) == keys
+    assert model[0].x2g is layer.x2g and model[0].steps is layer.steps
+    assert not model[0].training
+    model[0](data(5, 2, 4), None)
+    assert calls == [type(model[0])]
+    handle.remove()
+    assert not model[0]._forward_hooks
+    assert convert(model)[0] is model[0]
+
+
+@norm_or_not
+def test_torchaudio_subclass_copies_and_pickles(layer_norm, monkeypatch):
+    for name in ("torchaudio", "torchaudio.models", "torchaudio.models.rnnt"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    sys.modules["torchaudio.models.rnnt"]._CustomLSTM = _CustomLSTM
+    x = data(5, 2, 4)
+    for cls in (_CustomLSTM, HalfPredictor):
+        layer = cls(4, 6, layer_norm).double()
+        twin = assert_converts(layer, x, None)
+        assert is_fused(twin) and isinstance(twin, cls)
+        for copied in (copy.deepcopy(twin), pickle.loads(pickle.dumps(twin))):
+            assert type(copied) is type(twin)
+            assert all(map(torch.equal, flat(copied(x, None)), flat(twin(x, None))))
+
+
+def test_torchaudio_with_another_epsilon_is_left_alone():
+    model = Predictor(layer_norm=True, layer_norm_epsilon=1e-3)
+    before = list(model.modules())
+    with pytest.warns(UserWarning, match="convert leaves lstm_layers.[012] as it is: expected .*"
+                                         "eps=1e-05, got 0.001 and 0.001") as caught:  # fmt: skip
+        assert convert(model) is model
+    assert len(caught) == 3 and "lstm_layers.2" in str(caught[2].message)
+    assert caught[0].filename == __file__
+    assert list(model.modules()) == before
+    with pytest.warns(UserWarning, match="leaves _CustomLSTM as it is"):
+        assert convert(model.lstm_layers[0]) is model.lstm_layers[0]
+
+
+class Adapted(nn.Linear):
+    def forward(self, input):
+        return super().forward(input) + input.sum(-1, keepdim=True)
+
+
+def adapt(layer):
+    adapted = Adapted(*layer.p2g.weight.shape[::-1], bias=False).double()
+    adapted.load_state_dict(layer.p2g.state_dict())
+    layer.p2g = adapted
+
+
+CHANGES = {
+    "linear": adapt,
+    "norm": lambda layer: setattr(layer, "c_norm", nn.Identity()),
+    "bias": lambda layer: setattr(layer, "p2g", nn.Linear(6, 24).double()),
+    "hook": lambda layer: layer.g_norm.register_forward_hook(lambda m, args, out: out * 2),
+    "weight_norm": lambda layer: nn.utils.weight_norm(layer.x2g),
+    "affine": lambda layer: setattr(layer, "c_norm", nn.LayerNorm(6, bias=False).double()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_torchaudio_with_other_submodules(change):
+    """Left alone if they are there before, run by the layer's own loop if they come after."""
+    plain = _CustomLSTM(4, 6, True).double()
+    twin = convert(copy.deepcopy(plain))
+    for layer in (plain, twin):
+        torch.manual_seed(0)
+        CHANGES[change](layer)
+    with pytest.warns(UserWarning, match="expected, without hooks, torch.nn.Linear as x2g"):
+        assert convert(plain) is plain
+    x = data(5, 2, 4)
+    torch.testing.assert_close(
+        value_and_gradients(twin, x, None), value_and_gradients(plain, x, None), **CLOSE
+    )
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_torchaudio_parametrized(when):
+    plain = _CustomLSTM(4, 6, True).double()
+    model = nn.ModuleList([copy.deepcopy(plain)])
+    if when == "after":
+        convert(model)
+    for layer in (plain, model[0]):
+        parametrizations.weight_norm(layer.x2g)
+    convert(model)
+    assert is_fused(model[0]) and fused_rnn.torchaudio.refusal(model[0]) is None
+    x = data(5, 2, 4)
+    torch.testing.assert_close(
+        value_and_gradients(model[0], x, None), value_and_gradients(plain, x, None), **CLOSE
+    )
+
+
+def test_torchaudio_under_autocast():
+    plain = _CustomLSTM(4, 6, True)
+    x = data(5, 2, 4).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, ours = flat(plain(x, None)), flat(convert(plain)(x, None))
+    assert [t.dtype for t in ours] == [t.dtype for t in expected]
+    torch.testing.assert_close(ours, expected, rtol=0.05, atol=0.05)
+
+
+def test_torchaudio_sizes_that_do_not_fit():
+    layer = convert(_CustomLSTM(4, 6, True).double())
+    x, h = data(5, 2, 4), data(2, 6)
+    for given, message in [
+        ((x[..., :3], None), r"input of shape \(T, B, 4\), got \(5, 2, 3\)"),
+        ((x[0], None), r"input of shape \(T, B, 4\), got \(2, 4\)"),
+        ((x, [h, h[:1]]), r"c in state of shape \(2, 6\), got \(1, 6\)"),
+        ((x, [h[:, :5], h]), r"h in state of shape \(2, 6\), got \(2, 5\)"),
+    ]:
+        with pytest.raises(RuntimeError, match=message):
+            layer(*given)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_compiled_by_torchscript_is_left_alone():
+    model = nn.ModuleDict({"a": torch.jit.script(_CustomLSTM(4, 6, True)),
+                           "b": torch.jit.script(nn.LSTM(4, 6))})  # fmt: skip
+    before = list(model.modules())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        convert(model)
+    assert list(model.modules()) == before
+
+
+def test_another_class_of_that_name_is_left_alone():
+    layer = type("_CustomLSTM", (nn.Module,), {"__module__": "elsewhere"})()
+    assert convert(layer) is layer
 
 
 # patch
