@@ -318,13 +318,11 @@ class Backward {
     const auto each = [&](int64_t i, int64_t unit, int64_t n, V product) {
       const RowStep row = row_step(p, lane, order.row(i), t);
       const int64_t chunk_row = row_of_chunk(part, chunk, t, i);
-      if constexpr (is_varied<Cell>)
-        if (!p.projected) return varied_units(part, row, step, i, chunk_row, unit, n, product);
       Factors<V> factors;
       if constexpr (is_varied<Cell>) factors = factors_of(part, row, i, unit);
       const V d_h = collect_d_hidden<is_varied<Cell>, S>(p, row, unit, n, product,
                                                          h_row(lane, i) + unit, factors);
-      if (!p.projected) return cell_units(row, step, i, chunk_row, unit, n, d_h);
+      if (!p.projected) return cell_units(row, step, i, chunk_row, unit, n, d_h, factors);
       Memory<V>::store(d_h, output_row(lane, i) + unit, n);
       if (d_output_rows)
         Memory<V>::store(d_h, d_output_rows + chunk_row * d_output_width + unit, n);
@@ -384,21 +382,12 @@ class Backward {
            (i - order.begin(part.block)) * division.blocks + part.block;
   }
 
-  // Not worth a copy at every place that calls it.
-  __attribute__((noinline)) void varied_units(const Part& part, const RowStep& row, int64_t step,
-                                              int64_t i, int64_t chunk_row, int64_t unit, int64_t n,
-                                              const V& product) {
-    const Factors<V> factors = factors_of(part, row, i, unit);
-    cell_units(
-        row, step, i, chunk_row, unit, n,
-        collect_d_hidden<true, S>(p, row, unit, n, product, h_row(row.lane, i) + unit, factors),
-        factors);
-  }
-
   HOST_DEVICE void cell_units(const RowStep& row, int64_t step, int64_t i, int64_t chunk_row,
                               int64_t unit, int64_t n, V d_h, const Factors<V>& factors = {}) {
     const void* weight_ch = p.weights[row.lane].weight_ch;
     V d_weight_ch[Cell::unit_weights > 0 ? Cell::unit_weights : 1];
+    if constexpr (is_varied<Cell>)
+      if (norm != LayerNorm::none) fetch_saved(row, unit);
     if constexpr (is_varied<Cell> && Cell::has_c)
       if (norm != LayerNorm::none)
         return hidden_half(row, i, unit, n, d_h, weight_ch, d_weight_ch, factors);
@@ -494,6 +483,14 @@ class Backward {
     d_gate_o.store(passing_c_row(0, row.lane, i) + unit);
     d_c.store(passing_c_row(1, row.lane, i) + unit);
     d_inside.store(passing_c_row(2, row.lane, i) + unit);
+  }
+
+  // What later phases of the step will read of these units comes from afar while this one runs.
+  HOST_DEVICE void fetch_saved(const RowStep& row, int64_t unit) const {
+    const int64_t count = saved_values<Cell>(p).count;
+    const S* values = p.reserve.at<S>(row.t, row.b, row.lane, unit, 0);
+    for (int64_t i = 0; i < count; ++i, values += p.reserve.stride_value)
+      __builtin_prefetch(values);
   }
 
   // This member's share of units where a row has been finished.

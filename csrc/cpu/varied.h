@@ -129,26 +129,33 @@ HOST_DEVICE Vector<C> first_lanes(Vector<C> x, int64_t n) {
   return Memory<V>::load(lanes, n);
 }
 
-// Sums of `N` values over all units and gates: value(unit, gate, units there are, values). Four at a time,
-// so that no addition waits for the one before.
-template <class C, int N, class Value>
-HOST_DEVICE void sum_units(int64_t H, int gates, C (&result)[N], const Value& value) {
+// Sums of N values over all units and gates: value(unit, gate, units there are, values). In four sums, so
+// that no addition waits for the one before; values of a unit lie beside one another in what is saved.
+template <class C, int N, int Gates, class Value>
+HOST_DEVICE void sum_units_of(int64_t H, C (&result)[N], const Value& value) {
   using V = Vector<C>;
+  constexpr int units = Gates == 1 ? 4 : 1;  // vectors of them at a time
   V sums[4][N];
   for (auto& of_four : sums)
     for (auto& sum : of_four) sum = V(0);
-  for (int g = 0; g < gates; ++g)
-    for (int64_t first = 0; first < H; first += 4 * V::size)
+  for (int64_t first = 0; first < H; first += units * V::size)
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) {
-        const int64_t unit = first + j * V::size;
-        if (unit >= H) break;
-        V values[N];
-        value(unit, g, H - unit, values);
-        for (int k = 0; k < N; ++k) sums[j][k] = sums[j][k] + first_lanes<C>(values[k], H - unit);
-      }
+    for (int j = 0; j < units * Gates; ++j) {
+      const int64_t unit = first + j / Gates * V::size;
+      if (unit >= H) break;
+      V values[N];
+      value(unit, j % Gates, H - unit, values);
+      for (int k = 0; k < N; ++k) sums[j][k] = sums[j][k] + first_lanes<C>(values[k], H - unit);
+    }
   for (int k = 0; k < N; ++k)
     result[k] = sum_of_lanes((sums[0][k] + sums[1][k]) + (sums[2][k] + sums[3][k]));
+}
+
+template <class C, int N, class Value>
+HOST_DEVICE void sum_units(int64_t H, int gates, C (&result)[N], const Value& value) {
+  if (gates == 1) return sum_units_of<C, N, 1>(H, result, value);
+  if (gates == 3) return sum_units_of<C, N, 3>(H, result, value);
+  return sum_units_of<C, N, 4>(H, result, value);
 }
 
 // Mean of a row, and 1 over its standard deviation.
