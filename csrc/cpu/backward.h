@@ -318,6 +318,7 @@ class Backward {
     const auto each = [&](int64_t i, int64_t unit, int64_t n, V product) {
       const RowStep row = row_step(p, lane, order.row(i), t);
       const int64_t chunk_row = row_of_chunk(part, chunk, t, i);
+      fetch_ahead(row, unit, step & 1, units);
       Factors<V> factors;
       if constexpr (is_varied<Cell>) factors = factors_of(part, row, i, unit);
       const V d_h = collect_d_hidden<is_varied<Cell>, S>(p, row, unit, n, product,
@@ -331,6 +332,25 @@ class Backward {
     for (int64_t i = begin; i < begin + rows; ++i)
       for (int64_t unit = units.begin; unit < units.end; unit += V::size)
         each(i, unit, p.P - unit, V(0));
+  }
+
+  // What the cell will read of a row's next panel, or at the next step of the panel that it begins with,
+  // comes from afar while products run.
+  HOST_DEVICE void fetch_ahead(const RowStep& row, int64_t unit, bool backwards,
+                               const Share& units) const {
+    int64_t t = row.t, next = unit + (backwards ? -1 : 1) * PlainPanels::units_each;
+    if (next < units.begin || next >= units.end || next >= p.H) {
+      if (row.first) return;
+      t = previous_time(p, row.lane, t);
+      next = unit;
+    }
+    if (Cell::saved > 0) {
+      const S* values = p.reserve.at<S>(t, row.b, row.lane, next, 0);
+      for (int i = 0; i < Cell::saved; ++i, values += p.reserve.stride_value)
+        __builtin_prefetch(values);
+    }
+    if (Cell::has_c) __builtin_prefetch(p.saved_cells.at<C>(t, row.b, row.lane, next, 0));
+    if (p.grad_output) __builtin_prefetch(p.grad_output.at<S>(t, row.b, row.lane) + next);
   }
 
   void projection_phase(const Part& part, int64_t chunk, int64_t step) {
