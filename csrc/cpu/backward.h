@@ -72,7 +72,7 @@ class Backward {
         h_width(round_up(p.P, V::size)),
         c_width(round_up(p.H, V::size)),
         norm(is_varied<Cell> ? p.variation.layer_norm : LayerNorm::none),
-        own(norm, Cell::gates, Cell::unit_weights, Cell::has_c),
+        own(unit_weight_places<Cell>(p)),
         split_gates(Cell::split_gates || norm == LayerNorm::separate),
         packed(p.T * p.B > 1),
         hidden_panels({p.P, gate_rows, 0, 1, p.P}, p.T > 1 || p.d_hx),
@@ -343,8 +343,7 @@ class Backward {
     if constexpr (is_varied<Cell>) {
       factors = factors_of(part, row, i, unit);
       if constexpr (Cell::has_c)
-        if (norm != LayerNorm::none)
-          return hidden_half(row, i, unit, n, d_h, weight_ch, d_weight_ch, factors);
+        if (norm != LayerNorm::none) return hidden_half(row, i, unit, n, d_h, factors);
     }
     V d_input_gates[Cell::gates], d_hidden_gates[Cell::gates];
     backward_units<Cell, S>(p, row, unit, n, d_h, weight_ch, h_row(row.lane, i) + unit,
@@ -401,8 +400,7 @@ class Backward {
   // ---- through normalisations
 
   C statistic(const RowStep& row, int which) const {
-    return static_cast<const C*>(
-        p.statistics)[((row.t * p.L + row.lane) * p.B + row.b) * 3 + which];
+    return statistics_at<const C>(p, p.statistics, row)[which];
   }
   // Of c: the gradients of gate o, of c~ by itself, and of the normalised c.
   C* passing_c_row(int which, int64_t lane, int64_t i) const {
@@ -412,25 +410,19 @@ class Backward {
   C* passing_gates_row(int which, int g, int64_t lane, int64_t i) const {
     return passing_gates + (((which * Cell::gates + g) * p.L + lane) * p.B + i) * c_width;
   }
-  V weight_of(const NormWeights<const void*>& of, int64_t at, int64_t n) const {
-    return Memory<V>::load(static_cast<const S*>(of.weight) + at, n);
+  // What the halves of step.h add to the gradients of a unit's own weights.
+  auto adder(const RowStep& row, int64_t unit) {
+    return [this, &row, unit](int64_t k, V value) { add_unit(row, k, unit, value); };
   }
 
   HOST_DEVICE void hidden_half(const RowStep& row, int64_t i, int64_t unit, int64_t n, V d_h,
-                               const void* weight_ch, V* d_weight_ch, const Factors<V>& factors) {
-    const auto& ln_of_c = p.weights[row.lane].ln_c;
-    const V normal = saved_value<S, V>(p, row, unit, n, saved_values<Cell>(p).c);
-    V d_c, d_gate_o, d_inside;
-    backward_h_units<Cell, S>(p, row, unit, n, d_h, weight_ch, affine<S>(normal, ln_of_c, unit, n),
-                              c_row(row.lane, i) + unit, d_c, d_gate_o, d_inside, d_weight_ch,
-                              factors);
-    if constexpr (Cell::unit_weights > 0)
-      add_unit(row, Cell::unit_weights - 1, unit, d_weight_ch[Cell::unit_weights - 1]);
-    add_unit(row, own.ln_c, unit, d_inside * normal);
-    add_unit(row, own.ln_c + 1, unit, d_inside);
+                               const Factors<V>& factors) {
+    V d_gate_o, d_c, d_normal;
+    backward_h_units<Cell, S>(p, row, unit, n, d_h, p.weights[row.lane], c_row(row.lane, i) + unit,
+                              d_gate_o, d_c, d_normal, factors, adder(row, unit));
     d_gate_o.store(passing_c_row(0, row.lane, i) + unit);
     d_c.store(passing_c_row(1, row.lane, i) + unit);
-    (d_inside * weight_of(ln_of_c, unit, n)).store(passing_c_row(2, row.lane, i) + unit);
+    d_normal.store(passing_c_row(2, row.lane, i) + unit);
   }
 
   // This member's share of units where a row has been finished.
@@ -453,40 +445,25 @@ class Backward {
                               [&](int64_t unit, int) { return V::load(d_normal + unit); });
       for (int64_t unit = units.begin; unit < units.end; unit += V::size) {
         const int64_t n = p.H - unit;
-        V d_gates[Cell::gates], d_weight_ch[Cell::unit_weights > 0 ? Cell::unit_weights : 1];
+        V d_gates[Cell::gates];
         d_gates[Cell::O] = V::load(passing_c_row(0, lane, i) + unit);
         const V d_c = V::load(passing_c_row(1, lane, i) + unit) +
                       through.at(V::load(d_normal + unit), normal(unit, 0));
-        backward_c_units<Cell, S>(p, row, unit, n, d_c, p.weights[lane].weight_ch,
-                                  c_row(lane, i) + unit, d_gates, d_weight_ch);
-        for (int k = 0; k < Cell::unit_weights - 1; ++k) add_unit(row, k, unit, d_weight_ch[k]);
+        backward_c_units<Cell, S>(p, row, unit, n, d_c, p.weights[lane], c_row(lane, i) + unit,
+                                  d_gates, adder(row, unit));
         pass_gates(row, i, unit, n, d_gates, d_gates);
       }
     }
   }
 
-  // Gradients of the gates that a cell saw: those of weight and bias, and of the normalised gates.
   HOST_DEVICE void pass_gates(const RowStep& row, int64_t i, int64_t unit, int64_t n,
                               const V* d_input_gates, const V* d_hidden_gates) {
-    const auto& w = p.weights[row.lane];
-    const SavedValues places = saved_values<Cell>(p);
-    // Joint gates have stood for the hidden ones.
-    pass_gates_of(row, 0, i, unit, n, norm == LayerNorm::joint ? d_hidden_gates : d_input_gates,
-                  w.ln_input, places.input, own.ln_input);
-    if (norm == LayerNorm::separate)
-      pass_gates_of(row, 1, i, unit, n, d_hidden_gates, w.ln_hidden, places.hidden, own.ln_hidden);
-  }
-
-  HOST_DEVICE void pass_gates_of(const RowStep& row, int which, int64_t i, int64_t unit, int64_t n,
-                                 const V* d_gates, const NormWeights<const void*>& of,
-                                 int64_t place, int64_t k) {
-    for (int g = 0; g < Cell::gates; ++g) {
-      const V normal = saved_value<S, V>(p, row, unit, n, place + g);
-      add_unit(row, k + g, unit, d_gates[g] * normal);
-      add_unit(row, k + Cell::gates + g, unit, d_gates[g]);
-      (d_gates[g] * weight_of(of, g * p.H + unit, n))
-          .store(passing_gates_row(which, g, row.lane, i) + unit);
-    }
+    V d_normal[2][Cell::gates];
+    backward_gates<Cell, S>(p, row, unit, n, p.weights[row.lane], d_input_gates, d_hidden_gates,
+                            d_normal[0], d_normal[1], adder(row, unit));
+    for (int which = 0; which < (norm == LayerNorm::joint ? 1 : 2); ++which)
+      for (int g = 0; g < Cell::gates; ++g)
+        d_normal[which][g].store(passing_gates_row(which, g, row.lane, i) + unit);
   }
 
   void gates_phase(const Part& part, int64_t chunk, int64_t step) {

@@ -332,7 +332,6 @@ class Forward {
     const int64_t chunk_row = chunks.row(part.block, times, t, begin);
     const auto& w = p.weights[lane];
     const Share units = units_of_panels(part);
-    const SavedValues places = saved_values<Cell>(p);
     if (!Cell::has_c) draw_zones(part, t, units, true);
     for (int64_t i = begin; i < end; ++i) {
       const RowStep row = row_step(p, lane, order.row(i), t);
@@ -352,22 +351,12 @@ class Forward {
       }
       for (int64_t unit = units.begin; unit < units.end && unit < p.H; unit += V::size) {
         const int64_t n = p.H - unit;
-        V normal[2][Cell::gates], from_input[Cell::gates], from_hidden[Cell::gates];
+        V from_input[Cell::gates], from_hidden[Cell::gates];
         for (int g = 0; g < Cell::gates; ++g) {
-          const int64_t at = g * p.H + unit;
-          normal[0][g] = input.normalise(of_input(unit, g));
-          const V first = affine<S>(normal[0][g], w.ln_input, at, n);
-          from_input[g] = joint ? V(0) : first + load_or_zero_at(w.bias_ih, at, n);
-          if (joint) {
-            from_hidden[g] = first;
-            continue;
-          }
-          normal[1][g] = hidden.normalise(of_hidden(unit, g));
-          from_hidden[g] =
-              affine<S>(normal[1][g], w.ln_hidden, at, n) + load_or_zero_at(w.bias_hh, at, n);
+          from_input[g] = of_input(unit, g);
+          from_hidden[g] = of_hidden(unit, g);
         }
-        save_values<S>(p, row, unit, n, normal[0], places.input, Cell::gates);
-        if (!joint) save_values<S>(p, row, unit, n, normal[1], places.hidden, Cell::gates);
+        normalise_gates<Cell, S>(p, row, unit, n, w, input, hidden, from_input, from_hidden);
         if constexpr (Cell::has_c) {
           V c, gate_o;
           forward_c_units<Cell, S>(p, row, unit, n, from_input, from_hidden, w.weight_ch,
@@ -394,24 +383,15 @@ class Forward {
           moments<C, 1>(p.H, [&](int64_t unit, int) { return V::load(cells + unit); });
       if (part.member == 0) store_statistic(row, 2, of_c);
       for (int64_t unit = units.begin; unit < units.end && unit < p.H; unit += V::size) {
-        const int64_t n = p.H - unit;
-        const V c = V::load(cells + unit), normal = of_c.normalise(c);
-        forward_h_units<Cell, S>(p, row, unit, n, c, normal, affine<S>(normal, w.ln_c, unit, n),
-                                 V::load(new_c_row(1, lane, i) + unit), w.weight_ch,
-                                 c_row(lane, i) + unit, next_row(step, lane, i) + unit,
-                                 factors_of(part, row, i, unit));
+        forward_h_units<Cell, S>(p, row, unit, p.H - unit, of_c, V::load(cells + unit),
+                                 V::load(new_c_row(1, lane, i) + unit), w, c_row(lane, i) + unit,
+                                 next_row(step, lane, i) + unit, factors_of(part, row, i, unit));
       }
     }
   }
 
-  V load_or_zero_at(const void* from, int64_t at, int64_t n) const {
-    return load_or_zero<V>(from ? as_s(from) + at : nullptr, n);
-  }
-
   void store_statistic(const RowStep& row, int which, const Moments<C>& of) const {
-    if (p.statistics)
-      static_cast<C*>(p.statistics)[((row.t * p.L + row.lane) * p.B + row.b) * 3 + which] =
-          of.scale;
+    if (p.statistics) statistics_at<C>(p, p.statistics, row)[which] = of.scale;
   }
 
   void projection_phase(const Part& part, int64_t step) {

@@ -79,15 +79,6 @@ class VariedFactors {
   uint8_t* zones[2] = {};  // [part][row][width], of h and of c
 };
 
-// Mean of a row, and 1 over its standard deviation.
-template <class C>
-struct Moments {
-  using V = Vector<C>;
-  static constexpr double epsilon = 1e-5;
-  C mean, scale;
-  HOST_DEVICE V normalise(V x) const { return (x - V(mean)) * V(scale); }
-};
-
 template <class V>
 HOST_DEVICE typename V::Scalar sum_of_lanes(V x) {
   typename V::Scalar lanes[V::size], sum = 0;
@@ -123,23 +114,6 @@ HOST_DEVICE Moments<C> moments(int64_t H, const Value& value) {
   const C variance = sum_of_lanes(squares) / count;
   return {mean, static_cast<C>(1 / __builtin_sqrt(variance + Moments<C>::epsilon))};
 }
-
-// Weight and bias of a normalisation at units `at` and on.
-template <class S, class V>
-HOST_DEVICE V affine(V normal, const NormWeights<const void*>& norm, int64_t at, int64_t n) {
-  return normal * Memory<V>::load(static_cast<const S*>(norm.weight) + at, n) +
-         Memory<V>::load(static_cast<const S*>(norm.bias) + at, n);
-}
-
-// What a normalised row's gradient, given by d_normal(unit, gate), is to what was normalised.
-template <class C>
-struct NormGradient {
-  using V = Vector<C>;
-  C scale, mean, slope;
-  HOST_DEVICE V at(V d_normal, V normal) const {
-    return (d_normal - V(mean) - normal * V(slope)) * V(scale);
-  }
-};
 
 template <class C, int Gates, class Normal, class DNormal>
 HOST_DEVICE NormGradient<C> norm_gradient(int64_t H, C scale, const Normal& normal,
