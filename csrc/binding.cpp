@@ -27,6 +27,7 @@
 #include "step.h"
 #if defined(FUSED_RNN_CUDA) || defined(FUSED_RNN_CUDA_ON_CPU)
 #define FUSED_RNN_PER_STEP
+#include "cuda/dropout.h"
 #include "cuda/per_step.h"
 #endif
 #ifdef FUSED_RNN_CUDA_ON_CPU
@@ -225,6 +226,23 @@ class Results {
   int32_t layout_;
 };
 
+// How much forward saves for backward: values per unit and step, and statistics per step.
+struct SavedCounts {
+  int64_t reserve, cells, statistics;
+
+  SavedCounts(const CellTraits& cell, bool varied, const Shape& p)
+      : reserve(cell.saved), cells(1), statistics(norm_count(p.variation.layer_norm, cell.has_c)) {
+    if (!varied) return;
+    reserve =
+        SavedValues(p.variation.layer_norm, cell.gates, cell.saved, cell.reads_h, cell.has_c).count;
+    cells = 1 + (p.variation.zoneout_c > 0);
+  }
+};
+
+UnitWeightPlaces unit_gradients(const CellTraits& cell, const Shape& p) {
+  return {p.variation.layer_norm, cell.gates, cell.unit_weights, cell.has_c};
+}
+
 // ---- engines -----------------------------------------------------------------------------------------
 
 // Scratch comes from torch's allocator, which fills it with NaN when torch is asked to do that. One
@@ -327,29 +345,44 @@ std::function<void()> prepare_product(const cuda::Product& p, const Tensor& like
   };
 }
 
-template <class Params>
-void run_per_step(const CellTraits& cell, const Params& p, const Tensor& like) {
-  std::vector<Tensor> scratch;
+// Calls run(stream) where tensors like this one live.
+template <class Run>
+void on_cuda(const Tensor& like, const Run& run) {
   void* stream = nullptr;
 #ifdef FUSED_RNN_CUDA
   const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
 #endif
-  const cuda::Host host{
-      stream,
+  run(stream);
+}
+
+template <class Params>
+void run_per_step(const CellTraits& cell, bool varied, const Params& p, const Tensor& like) {
+  std::vector<Tensor> scratch;
+  cuda::Host host{
+      nullptr,
       [&](size_t bytes) {
         scratch.push_back(torch::stable::empty({static_cast<int64_t>(bytes)}, ScalarType::Byte,
                                                torch::headeronly::Layout::Strided, like.device()));
         return scratch.back().data_ptr();
       },
       [&](const cuda::Product& product) { return prepare_product(product, like); }};
+  const cuda::CellId id{static_cast<int>(cell.index), varied};
+  on_cuda(like, [&](void* stream) {
+    host.stream = stream;
 #ifdef FUSED_RNN_CUDA_ON_CPU
-  const cuda_on_cpu::Arguments watched(p, cell.gates, cell.saved, cell.unit_weights, host);
-  cuda::run_per_step(cuda::CellId(cell.index), p, watched.host);
-  watched.check_results();
+    const SavedCounts counts(cell, varied, p);
+    const cuda_on_cpu::Arguments watched(
+        p,
+        {cell.gates, cell.unit_weights, unit_gradients(cell, p).count, counts.reserve, counts.cells,
+         cell.has_c},
+        host);
+    cuda::run_per_step(id, p, watched.host);
+    watched.check_results();
 #else
-  cuda::run_per_step(cuda::CellId(cell.index), p, host);
+    cuda::run_per_step(id, p, host);
 #endif
+  });
 }
 #endif
 
@@ -385,7 +418,7 @@ void check_lengths(const Tensor& lengths, const Tensor& like, int64_t limit, int
 // The last arguments of the varied ops.
 struct VariedArguments {
   int64_t layer_norm;
-  double zoneout_h, zoneout_c, recurrent_dropout;
+  double zoneout_h, zoneout_c, recurrent_dropout, layer_norm_eps;
   OptionalTensor seed;
 
   void fill(const CellTraits& cell, const Tensor& like, Shape& p) const {
@@ -394,12 +427,20 @@ struct VariedArguments {
     check_probability("zoneout_h", zoneout_h);
     check_probability("zoneout_c", zoneout_c);
     check_probability("recurrent_dropout", recurrent_dropout);
+    STD_TORCH_CHECK(layer_norm_eps >= 0, "Expected layer_norm_eps of at least 0, got ",
+                    layer_norm_eps);
+    STD_TORCH_CHECK(layer_norm == 0 || !cell.late_gate, "Expected layer_norm of 0, since ",
+                    cell.name, " does not have all gates at one time, got ", layer_norm);
     STD_TORCH_CHECK(cell.has_c || zoneout_c == 0, "Expected zoneout_c of 0, since ", cell.name,
                     " has no cell state, got ", zoneout_c);
     STD_TORCH_CHECK(seed || recurrent_dropout == 0,
                     "Expected recurrent_dropout of 0, since there is no seed, got ",
                     recurrent_dropout);
-    p.variation = {static_cast<LayerNorm>(layer_norm), zoneout_h, zoneout_c, recurrent_dropout,
+    p.variation = {static_cast<LayerNorm>(layer_norm),
+                   zoneout_h,
+                   zoneout_c,
+                   recurrent_dropout,
+                   layer_norm_eps,
                    seed ? seed_pointer(*seed, like) : nullptr};
   }
 
@@ -671,20 +712,6 @@ struct LayerArguments {
   }
 };
 
-// How much forward saves for backward: values per unit and step, and whether there are statistics.
-struct SavedCounts {
-  int64_t reserve, cells;
-  bool statistics;
-
-  SavedCounts(const CellTraits& cell, bool varied, const Shape& p)
-      : reserve(cell.saved), cells(1), statistics(p.variation.layer_norm != LayerNorm::none) {
-    if (!varied) return;
-    reserve =
-        SavedValues(p.variation.layer_norm, cell.gates, cell.saved, cell.reads_h, cell.has_c).count;
-    cells = 1 + (p.variation.zoneout_c > 0);
-  }
-};
-
 TensorList forward(const CellTraits& cell, const Tensor& input, const TensorList& states,
                    const TensorList& weights, bool has_biases, const OptionalTensor& lengths,
                    const OptionalTensor& batch_sizes, const OptionalTensor& resets, int64_t lanes,
@@ -717,7 +744,8 @@ TensorList forward(const CellTraits& cell, const Tensor& input, const TensorList
     if (counts.reserve > 0) p.reserve = reserve(counts.reserve, dtype);
     if (cell.has_c) p.saved_cells = reserve(counts.cells, c_type);
     if (p.projected) p.unprojected = time.sequence(add(make(time.shape({p.L, p.H}))));
-    if (counts.statistics) p.statistics = add(make({p.T, p.L, p.B, 3}, c_type)).data_ptr();
+    if (counts.statistics)
+      p.statistics = add(make({p.T, p.L, p.B, counts.statistics}, c_type)).data_ptr();
   }
   if (p.B > 0) run(cpu_cell(cell, varied), p, arguments.input);
   return results;
@@ -750,7 +778,8 @@ TensorList backward(const CellTraits& cell, OptionalTensor grad_output, Optional
   check_sequence("output", output, dtype, {p.L * p.P}, "L*P");
 
   const SavedCounts counts(cell, varied, p);
-  const size_t saved_count = (counts.reserve > 0) + cell.has_c + p.projected + counts.statistics;
+  const size_t saved_count =
+      (counts.reserve > 0) + cell.has_c + p.projected + (counts.statistics > 0);
   STD_TORCH_CHECK(saved.size() == saved_count, "Expected saved of ", saved_count, " tensors, got ",
                   saved.size());
   for (Tensor& tensor : saved) tensor = with_contiguous_units(tensor);
@@ -769,7 +798,7 @@ TensorList backward(const CellTraits& cell, OptionalTensor grad_output, Optional
   }
   if (counts.statistics) {
     check_like("statistics", *next_saved, like, c_type);
-    check_shape("statistics", *next_saved, {p.T, p.L, p.B, 3}, "(T, L, B, 3)");
+    check_shape("statistics", *next_saved, {p.T, p.L, p.B, counts.statistics}, "(T, L, B, N)");
     *next_saved = as_contiguous(*next_saved);
     p.statistics = next_saved->const_data_ptr();
   }
@@ -858,12 +887,73 @@ void check_recurrent_weights(const CellTraits& cell, const Tensor& like, const T
 }
 
 using RecurrenceForward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using RecurrenceBackward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// What a varied recurrence has more than a plain one.
+struct RecurrentVariation {
+  VariedArguments arguments;
+  TensorList norms;           // weight and bias of each, lanes stacked
+  OptionalTensor bias_ih;     // taken by forward
+  OptionalTensor statistics;  // made by forward, taken by backward
+  OptionalTensor keep;        // made by backward
+
+  // From here on parameters have their shape.
+  void fill(const CellTraits& cell, const Tensor& like, RecurrenceForwardParams& p) {
+    fill_both(cell, like, p);
+    if (!bias_ih) return;
+    STD_TORCH_CHECK(p.variation.layer_norm == LayerNorm::separate,
+                    "Expected bias_ih to be None, since it is in input_gates");
+    check_kind("bias_ih", *bias_ih, Kind(like));
+    check_shape("bias_ih", *bias_ih, {p.L, cell.gates * p.H}, "(L, G*H)");
+    bias_ih = as_contiguous(bias_ih);
+    p.bias_ih = pointer(bias_ih);
+  }
+
+  void fill(const CellTraits& cell, const Tensor& like, RecurrenceBackwardParams& p) {
+    fill_both(cell, like, p);
+    const bool has_ln = p.variation.layer_norm != LayerNorm::none;
+    STD_TORCH_CHECK(statistics.has_value() == has_ln, "Expected statistics to be ",
+                    has_ln ? "a tensor" : "None", " for this layer_norm");
+    if (!has_ln) return;
+    check_like("statistics", *statistics, like, compute_type(like.scalar_type()));
+    const int64_t count = norm_count(p.variation.layer_norm, cell.has_c);
+    check_shape("statistics", *statistics, {p.T, p.L, p.B, count}, "(T, L, B, N)");
+    statistics = as_contiguous(statistics);
+    p.statistics = pointer(statistics);
+  }
+
+ private:
+  template <class Params>
+  void fill_both(const CellTraits& cell, const Tensor& like, Params& p) {
+    arguments.fill(cell, like, p);
+    const LayerNorm norm = p.variation.layer_norm;
+    const bool has_ln = norm != LayerNorm::none;
+    const size_t count = has_ln ? 2 * (1 + (norm == LayerNorm::separate) + cell.has_c) : 0;
+    STD_TORCH_CHECK(norms.size() == count, "Expected norms of ", count, " tensors, got ",
+                    norms.size());
+    Tensor* given = norms.data();
+    const auto take = [&](int64_t n, const char* letters) {
+      check_kind("norms", *given, Kind(like));
+      check_shape("norms", *given, {p.L, n}, letters);
+      *given = as_contiguous(*given);
+      return (given++)->const_data_ptr();
+    };
+    const auto take_norm = [&](int64_t n, const char* letters) -> NormWeights<const void*> {
+      const void* weight = take(n, letters);
+      return {weight, take(n, letters)};
+    };
+    if (has_ln) p.norms.input = take_norm(cell.gates * p.H, "(L, G*H)");
+    if (norm == LayerNorm::separate) p.norms.hidden = take_norm(cell.gates * p.H, "(L, G*H)");
+    if (has_ln && cell.has_c) p.norms.c = take_norm(p.H, "(L, H)");
+  }
+};
 
 RecurrenceForward recurrence_forward(const CellTraits& cell, Tensor input_gates, OptionalTensor hx,
                                      OptionalTensor cx, Tensor weight_hh, OptionalTensor bias_hh,
                                      OptionalTensor weight_hr, OptionalTensor weight_ch,
                                      OptionalTensor lengths, OptionalTensor resets,
-                                     int64_t directions, bool save_reserve, bool save_cells) {
+                                     int64_t directions, bool save_reserve, bool save_cells,
+                                     RecurrentVariation* varied = nullptr) {
   RecurrenceForwardParams p{};
   p.dtype = storage_type("input_gates", input_gates);
   STD_TORCH_CHECK(input_gates.dim() == 4 && input_gates.size(3) % cell.gates == 0,
@@ -880,6 +970,7 @@ RecurrenceForward recurrence_forward(const CellTraits& cell, Tensor input_gates,
   p.directions = static_cast<int>(directions);
   p.projected = weight_hr.has_value();
   check_recurrent_weights(cell, input_gates, weight_hh, bias_hh, weight_hr, weight_ch, p);
+  if (varied) varied->fill(cell, input_gates, p);
   check_state("hx", hx, input_gates, p.L, p.B, p.P, "(L, B, P)");
   check_no_c(cell, "cx", cx);
   check_state("cx", cx, input_gates, p.L, p.B, p.H, "(L, B, H)");
@@ -903,28 +994,36 @@ RecurrenceForward recurrence_forward(const CellTraits& cell, Tensor input_gates,
 
   const Results make{input_gates, p.lengths != nullptr};
   const Results make_state{input_gates, false};
+  const ScalarType c_type = compute_type(input_gates.scalar_type());
+  const SavedCounts counts(cell, varied, p);
   const bool with_cells = cell.has_c && (save_reserve || save_cells);
-  const bool with_reserve = save_reserve && cell.saved > 0;
+  const bool with_reserve = save_reserve && counts.reserve > 0;
   const bool with_unprojected = save_reserve && p.projected;
   Tensor output = make({p.T, p.B, p.L, p.P});
   Tensor h_n = make_state({p.L, p.B, p.P});
   Tensor c_n = cell.has_c ? make_state({p.L, p.B, p.H}) : make.none();
-  Tensor reserve = with_reserve ? make({p.T, p.B, p.L, cell.saved * p.H}) : make.none();
-  Tensor cells = with_cells ? make({p.T, p.B, p.L, p.H}, compute_type(input_gates.scalar_type()))
+  Tensor reserve = with_reserve ? make({p.T, p.B, p.L, counts.reserve * p.H}) : make.none();
+  Tensor cells = with_cells ? make({p.T, p.B, p.L, (save_reserve ? counts.cells : 1) * p.H}, c_type)
                             : make.none();
   Tensor unprojected = with_unprojected ? make({p.T, p.B, p.L, p.H}) : make.none();
   p.output = sequence(output);
   p.h_n = h_n.data_ptr();
   p.c_n = cell.has_c ? c_n.data_ptr() : nullptr;
   if (with_reserve) p.reserve = natural_reserve(reserve, p.H);
-  if (with_cells) p.saved_cells = natural_reserve(cells, p.H);
+  if (with_cells && save_reserve) p.saved_cells = natural_reserve(cells, p.H);
+  if (with_cells && !save_reserve) p.cells = sequence(cells);
   if (with_unprojected) p.unprojected = sequence(unprojected);
 
-  if (p.L * p.B > 0) run_per_step(cell, p, input_gates);
+  if (varied) {
+    const bool with_statistics = save_reserve && counts.statistics;
+    varied->statistics =
+        with_statistics ? make({p.T, p.L, p.B, counts.statistics}, c_type) : make.none();
+    if (with_statistics) p.statistics = varied->statistics->data_ptr();
+  }
+
+  if (p.L * p.B > 0) run_per_step(cell, varied, p, input_gates);
   return {output, h_n, c_n, reserve, cells, unprojected};
 }
-
-using RecurrenceBackward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 RecurrenceBackward recurrence_backward(const CellTraits& cell, OptionalTensor grad_output,
                                        OptionalTensor grad_h_n, OptionalTensor grad_c_n,
@@ -932,7 +1031,8 @@ RecurrenceBackward recurrence_backward(const CellTraits& cell, OptionalTensor gr
                                        Tensor cells, OptionalTensor hx, OptionalTensor cx,
                                        Tensor weight_hh, OptionalTensor weight_hr,
                                        OptionalTensor weight_ch, OptionalTensor lengths,
-                                       OptionalTensor resets, int64_t directions) {
+                                       OptionalTensor resets, int64_t directions,
+                                       RecurrentVariation* varied = nullptr) {
   RecurrenceBackwardParams p{};
   p.dtype = storage_type("output", output);
   STD_TORCH_CHECK(output.dim() == 4, "Expected output of shape (T, B, L, P), got ",
@@ -949,6 +1049,8 @@ RecurrenceBackward recurrence_backward(const CellTraits& cell, OptionalTensor gr
   p.directions = static_cast<int>(directions);
   p.projected = weight_hr.has_value();
   check_recurrent_weights(cell, output, weight_hh, std::nullopt, weight_hr, weight_ch, p);
+  if (varied) varied->fill(cell, output, p);
+  const SavedCounts counts(cell, varied, p);
   check_state("hx", hx, output, p.L, p.B, p.P, "(L, B, P)");
   check_no_c(cell, "cx", cx);
   check_no_c(cell, "grad_c_n", grad_c_n);
@@ -965,13 +1067,14 @@ RecurrenceBackward recurrence_backward(const CellTraits& cell, OptionalTensor gr
     check_like("grad_cells", *grad_cells, output, c_type);
     check_shape("grad_cells", *grad_cells, {p.T, p.B, p.L, p.H}, "(T, B, L, H)");
   }
-  if (cell.saved > 0) {
+  if (counts.reserve > 0) {
     check_like("reserve", reserve, output, output.scalar_type());
-    check_shape("reserve", reserve, {p.T, p.B, p.L, cell.saved * p.H}, "(T, B, L, S*H)");
+    check_shape("reserve", reserve, {p.T, p.B, p.L, counts.reserve * p.H}, "(T, B, L, S*H)");
   }
   if (cell.has_c) {
     check_like("cells", cells, output, c_type);
-    check_shape("cells", cells, {p.T, p.B, p.L, p.H}, "(T, B, L, H)");
+    check_shape("cells", cells, {p.T, p.B, p.L, counts.cells * p.H},
+                counts.cells > 1 ? "(T, B, L, 2*H)" : "(T, B, L, H)");
   }
   const Ragged ragged(lengths, resets, output, p.T, p.B);
 
@@ -991,7 +1094,8 @@ RecurrenceBackward recurrence_backward(const CellTraits& cell, OptionalTensor gr
   p.grad_h_n = pointer(grad_h_n);
   p.grad_c_n = pointer(grad_c_n);
   p.output = sequence(output);
-  if (cell.saved > 0) p.reserve = natural_reserve(reserve = with_contiguous_units(reserve), p.H);
+  if (counts.reserve > 0)
+    p.reserve = natural_reserve(reserve = with_contiguous_units(reserve), p.H);
   if (cell.has_c) p.saved_cells = natural_reserve(cells = with_contiguous_units(cells), p.H);
   p.hx = pointer(hx);
   p.cx = pointer(cx);
@@ -1002,26 +1106,51 @@ RecurrenceBackward recurrence_backward(const CellTraits& cell, OptionalTensor gr
   const Results make{output, p.lengths != nullptr};
   const Results make_state{output, false};
   Tensor d_input_gates = make({p.T, p.B, p.L, cell.gates * p.H});
-  Tensor d_hidden_gates = cell.split_gates ? make({p.T, p.B, p.L, cell.gates * p.H}) : make.none();
+  const LayerNorm norm = p.variation.layer_norm;
+  const bool split_gates =
+      norm == LayerNorm::separate || (norm == LayerNorm::none && cell.split_gates);
+  Tensor d_hidden_gates = split_gates ? make({p.T, p.B, p.L, cell.gates * p.H}) : make.none();
   Tensor d_output = p.projected ? make({p.T, p.B, p.L, p.P}) : make.none();
-  Tensor d_weight_ch =
-      weight_ch ? make({p.T, p.B, p.L, cell.unit_weights * p.H}, c_type) : make.none();
+  const Results make_sums{output, true};
+  const int64_t unit_weights = unit_gradients(cell, p).count;
+  Tensor d_unit_weights =
+      unit_weights > 0 ? make_sums({p.L, p.B, unit_weights, p.H}, c_type) : make.none();
   Tensor d_hx = make_state({p.L, p.B, p.P});
   Tensor d_cx = cell.has_c ? make_state({p.L, p.B, p.H}) : make.none();
   p.d_input_gates = sequence(d_input_gates);
-  if (cell.split_gates) p.d_hidden_gates = sequence(d_hidden_gates);
+  if (split_gates) p.d_hidden_gates = sequence(d_hidden_gates);
   if (p.projected) p.d_output = sequence(d_output);
-  if (weight_ch) p.d_weight_ch = sequence(d_weight_ch);
+  if (unit_weights > 0) p.d_unit_weights = d_unit_weights.data_ptr();
   p.d_hx = d_hx.data_ptr();
   p.d_cx = cell.has_c ? d_cx.data_ptr() : nullptr;
 
-  if (p.L * p.B > 0) run_per_step(cell, p, output);
-  return {d_input_gates, d_hidden_gates, d_hx, d_cx, d_output, d_weight_ch};
+  if (varied) {
+    const bool drops = p.variation.recurrent_dropout > 0;
+    varied->keep = drops ? make_state({p.L, p.B, p.P}, c_type) : make.none();
+    if (drops) p.keep = varied->keep->data_ptr();
+  }
+
+  if (p.L * p.B > 0) run_per_step(cell, varied, p, output);
+  return {d_input_gates, d_hidden_gates, d_hx, d_cx, d_output, d_unit_weights};
 }
 
 #endif
 
 // ---- dropout of weights
+
+void run(const DropoutParams& p, const Tensor& like) {
+#ifdef FUSED_RNN_CUDA_ON_CPU
+  const cuda_on_cpu::DropoutArguments watched(p);
+  cuda::run_dropout(p, nullptr);
+  watched.check_results();
+#else
+#ifdef FUSED_RNN_CUDA
+  if (!like.is_cpu()) return on_cuda(like, [&](void* stream) { cuda::run_dropout(p, stream); });
+#endif
+  on_cpu(like,
+         [&](const cpu::Host& host) { cpu::active_instruction_set().dropout(p.dtype)(p, host); });
+#endif
+}
 
 Tensor dropout(const Tensor& input_in, double probability, const Tensor& seed) {
   DropoutParams p{};
@@ -1034,11 +1163,10 @@ Tensor dropout(const Tensor& input_in, double probability, const Tensor& seed) {
   p.n = input.size(input.dim() - 1);
   p.rows = p.n > 0 ? input.numel() / p.n : 0;
   p.p = probability;
-  p.seed = static_cast<uint64_t>(*VariedArguments::seed_pointer(seed, input));
+  p.seed = VariedArguments::seed_pointer(seed, input);
   p.input = input.const_data_ptr();
   p.output = output.data_ptr();
-  on_cpu(input,
-         [&](const cpu::Host& host) { cpu::active_instruction_set().dropout(p.dtype)(p, host); });
+  if (p.rows * p.n > 0) run(p, input);
   return output;
 }
 
@@ -1203,8 +1331,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> additive_attention_backward(
       const OptionalTensor& lengths, const OptionalTensor& batch_sizes,                            \
       const OptionalTensor& resets, int64_t lanes, int64_t directions, bool save, bool want_cells, \
       int64_t layer_norm, double zoneout_h, double zoneout_c, double recurrent_dropout,            \
-      const OptionalTensor& seed) {                                                                \
-    const VariedArguments varied{layer_norm, zoneout_h, zoneout_c, recurrent_dropout, seed};       \
+      double layer_norm_eps, const OptionalTensor& seed) {                                         \
+    const VariedArguments varied{layer_norm,        zoneout_h,      zoneout_c,                     \
+                                 recurrent_dropout, layer_norm_eps, seed};                         \
     return forward(traits(CellIndex::name), input, states, weights, has_biases, lengths,           \
                    batch_sizes, resets, lanes, directions, save, want_cells, &varied);             \
   }                                                                                                \
@@ -1216,8 +1345,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> additive_attention_backward(
       const OptionalTensor& resets, int64_t lanes, int64_t directions, const Tensor& output,       \
       const TensorList& saved, bool need_input, bool need_states, bool need_weights,               \
       int64_t layer_norm, double zoneout_h, double zoneout_c, double recurrent_dropout,            \
-      const OptionalTensor& seed) {                                                                \
-    const VariedArguments varied{layer_norm, zoneout_h, zoneout_c, recurrent_dropout, seed};       \
+      double layer_norm_eps, const OptionalTensor& seed) {                                         \
+    const VariedArguments varied{layer_norm,        zoneout_h,      zoneout_c,                     \
+                                 recurrent_dropout, layer_norm_eps, seed};                         \
     return backward(traits(CellIndex::name), grad_output, grad_h_n, grad_c_n, grad_cells, input,   \
                     states, weights, has_biases, lengths, batch_sizes, resets, lanes, directions,  \
                     output, saved, need_input, need_states, need_weights, &varied);                \
@@ -1225,24 +1355,62 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> additive_attention_backward(
 FUSED_RNN_FOR_EACH_CELL(FUSED_RNN_LAYER)
 
 #ifdef FUSED_RNN_PER_STEP
-#define FUSED_RNN_RECURRENCE(name, cell)                                                         \
-  RecurrenceForward name##_recurrence_forward(                                                   \
-      Tensor input_gates, OptionalTensor hx, OptionalTensor cx, Tensor weight_hh,                \
-      OptionalTensor bias_hh, OptionalTensor weight_hr, OptionalTensor weight_ch,                \
-      OptionalTensor lengths, OptionalTensor resets, int64_t directions, bool save_reserve,      \
-      bool save_cells) {                                                                         \
-    return recurrence_forward(traits(CellIndex::name), input_gates, hx, cx, weight_hh, bias_hh,  \
-                              weight_hr, weight_ch, lengths, resets, directions, save_reserve,   \
-                              save_cells);                                                       \
-  }                                                                                              \
-  RecurrenceBackward name##_recurrence_backward(                                                 \
-      OptionalTensor grad_output, OptionalTensor grad_h_n, OptionalTensor grad_c_n,              \
-      OptionalTensor grad_cells, Tensor output, Tensor reserve, Tensor cells, OptionalTensor hx, \
-      OptionalTensor cx, Tensor weight_hh, OptionalTensor weight_hr, OptionalTensor weight_ch,   \
-      OptionalTensor lengths, OptionalTensor resets, int64_t directions) {                       \
-    return recurrence_backward(traits(CellIndex::name), grad_output, grad_h_n, grad_c_n,         \
-                               grad_cells, output, reserve, cells, hx, cx, weight_hh, weight_hr, \
-                               weight_ch, lengths, resets, directions);                          \
+#define FUSED_RNN_RECURRENCE(name, cell)                                                          \
+  RecurrenceForward name##_recurrence_forward(                                                    \
+      Tensor input_gates, OptionalTensor hx, OptionalTensor cx, Tensor weight_hh,                 \
+      OptionalTensor bias_hh, OptionalTensor weight_hr, OptionalTensor weight_ch,                 \
+      OptionalTensor lengths, OptionalTensor resets, int64_t directions, bool save_reserve,       \
+      bool save_cells) {                                                                          \
+    return recurrence_forward(traits(CellIndex::name), input_gates, hx, cx, weight_hh, bias_hh,   \
+                              weight_hr, weight_ch, lengths, resets, directions, save_reserve,    \
+                              save_cells);                                                        \
+  }                                                                                               \
+  RecurrenceBackward name##_recurrence_backward(                                                  \
+      OptionalTensor grad_output, OptionalTensor grad_h_n, OptionalTensor grad_c_n,               \
+      OptionalTensor grad_cells, Tensor output, Tensor reserve, Tensor cells, OptionalTensor hx,  \
+      OptionalTensor cx, Tensor weight_hh, OptionalTensor weight_hr, OptionalTensor weight_ch,    \
+      OptionalTensor lengths, OptionalTensor resets, int64_t directions) {                        \
+    return recurrence_backward(traits(CellIndex::name), grad_output, grad_h_n, grad_c_n,          \
+                               grad_cells, output, reserve, cells, hx, cx, weight_hh, weight_hr,  \
+                               weight_ch, lengths, resets, directions);                           \
+  }                                                                                               \
+  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>                              \
+  name##_varied_recurrence_forward(                                                               \
+      Tensor input_gates, OptionalTensor hx, OptionalTensor cx, Tensor weight_hh,                 \
+      OptionalTensor bias_hh, OptionalTensor weight_hr, OptionalTensor weight_ch,                 \
+      OptionalTensor lengths, OptionalTensor resets, int64_t directions, bool save_reserve,       \
+      bool save_cells, TensorList norms, OptionalTensor bias_ih, int64_t layer_norm,              \
+      double zoneout_h, double zoneout_c, double recurrent_dropout, double layer_norm_eps,        \
+      OptionalTensor seed) {                                                                      \
+    RecurrentVariation varied{                                                                    \
+        {layer_norm, zoneout_h, zoneout_c, recurrent_dropout, layer_norm_eps, seed},              \
+        norms,                                                                                    \
+        bias_ih,                                                                                  \
+        {},                                                                                       \
+        {}};                                                                                      \
+    auto results = recurrence_forward(traits(CellIndex::name), input_gates, hx, cx, weight_hh,    \
+                                      bias_hh, weight_hr, weight_ch, lengths, resets, directions, \
+                                      save_reserve, save_cells, &varied);                         \
+    return std::tuple_cat(results, std::tuple(*varied.statistics));                               \
+  }                                                                                               \
+  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>                              \
+  name##_varied_recurrence_backward(                                                              \
+      OptionalTensor grad_output, OptionalTensor grad_h_n, OptionalTensor grad_c_n,               \
+      OptionalTensor grad_cells, Tensor output, Tensor reserve, Tensor cells, OptionalTensor hx,  \
+      OptionalTensor cx, Tensor weight_hh, OptionalTensor weight_hr, OptionalTensor weight_ch,    \
+      OptionalTensor lengths, OptionalTensor resets, int64_t directions, TensorList norms,        \
+      OptionalTensor statistics, int64_t layer_norm, double zoneout_h, double zoneout_c,          \
+      double recurrent_dropout, double layer_norm_eps, OptionalTensor seed) {                     \
+    RecurrentVariation varied{                                                                    \
+        {layer_norm, zoneout_h, zoneout_c, recurrent_dropout, layer_norm_eps, seed},              \
+        norms,                                                                                    \
+        {},                                                                                       \
+        statistics,                                                                               \
+        {}};                                                                                      \
+    auto results = recurrence_backward(                                                           \
+        traits(CellIndex::name), grad_output, grad_h_n, grad_c_n, grad_cells, output, reserve,    \
+        cells, hx, cx, weight_hh, weight_hr, weight_ch, lengths, resets, directions, &varied);    \
+    return std::tuple_cat(results, std::tuple(*varied.keep));                                     \
   }
 FUSED_RNN_FOR_EACH_CELL(FUSED_RNN_RECURRENCE)
 #endif
@@ -1262,10 +1430,11 @@ FUSED_RNN_FOR_EACH_CELL(FUSED_RNN_RECURRENCE)
 //
 // The varied ops, {cell}_varied_forward and _backward, are layers with options that change the step
 // around the cell. After the weights above they take weight and bias of each normalisation, ih, hh and c
-// or g and c, and save statistics (T, L, B, 3) for backward; layer_norm is of LayerNorm. Without a seed ()
+// or g and c, and save statistics (T, L, B, N) of N normalisations for backward; layer_norm is of LayerNorm. Without a seed ()
 // nothing is drawn, and zoneout is its expectation.
-#define FUSED_RNN_VARIED_SCHEMA \
-  ", int layer_norm, float zoneout_h, float zoneout_c, float recurrent_dropout, Tensor? seed)"
+#define FUSED_RNN_VARIED_SCHEMA                                                         \
+  ", int layer_norm, float zoneout_h, float zoneout_c, float recurrent_dropout, float " \
+  "layer_norm_eps, Tensor? seed)"
 #define FUSED_RNN_FORWARD_SCHEMA                                                                \
   "forward(Tensor input, Tensor[] states, Tensor[] weights, bool has_biases, Tensor? lengths, " \
   "Tensor? batch_sizes, Tensor? resets, int lanes, int directions, bool save, bool want_cells"
@@ -1282,18 +1451,35 @@ constexpr const char* layer_schemas[] = {
 };
 
 // What CUDA has in C++: fused_rnn/composed.py makes a layer of it. Absent results have shape (0,).
-constexpr const char* recurrence_forward_schema =
-    "_recurrence_forward(Tensor input_gates, Tensor? hx, Tensor? cx, Tensor weight_hh, "
-    "Tensor? bias_hh, Tensor? weight_hr, Tensor? weight_ch, Tensor? lengths, Tensor? resets, "
-    "int directions, bool save_reserve, bool save_cells) -> (Tensor output, Tensor h_n, Tensor "
-    "c_n, "
-    "Tensor reserve, Tensor cells, Tensor unprojected)";
-constexpr const char* recurrence_backward_schema =
-    "_recurrence_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, "
-    "Tensor? grad_cells, Tensor output, Tensor reserve, Tensor cells, Tensor? hx, Tensor? cx, "
-    "Tensor weight_hh, Tensor? weight_hr, Tensor? weight_ch, Tensor? lengths, Tensor? resets, "
-    "int directions) -> (Tensor d_input_gates, Tensor d_hidden_gates, Tensor d_hx, Tensor d_cx, "
-    "Tensor d_output, Tensor d_weight_ch)";
+//
+// The varied ones, {cell}_varied_recurrence_forward and _backward, take weight and bias of each
+// normalisation, (L, G*H) or (L, H), and if layer_norm is "separate" bias_ih, which then is not in
+// input_gates. Backward returns keep (L, B, P), by what recurrent dropout has multiplied h.
+// d_unit_weights is (L, B, K, H), by row of the batch: K as in UnitWeightPlaces (step.h).
+#define FUSED_RNN_RECURRENCE_FORWARD_SCHEMA                                                  \
+  "recurrence_forward(Tensor input_gates, Tensor? hx, Tensor? cx, Tensor weight_hh, "        \
+  "Tensor? bias_hh, Tensor? weight_hr, Tensor? weight_ch, Tensor? lengths, Tensor? resets, " \
+  "int directions, bool save_reserve, bool save_cells"
+#define FUSED_RNN_RECURRENCE_FORWARD_RESULTS \
+  " -> (Tensor output, Tensor h_n, Tensor c_n, Tensor reserve, Tensor cells, Tensor unprojected"
+#define FUSED_RNN_RECURRENCE_BACKWARD_SCHEMA                                                  \
+  "recurrence_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, "             \
+  "Tensor? grad_cells, Tensor output, Tensor reserve, Tensor cells, Tensor? hx, Tensor? cx, " \
+  "Tensor weight_hh, Tensor? weight_hr, Tensor? weight_ch, Tensor? lengths, Tensor? resets, " \
+  "int directions"
+#define FUSED_RNN_RECURRENCE_BACKWARD_RESULTS                                    \
+  " -> (Tensor d_input_gates, Tensor d_hidden_gates, Tensor d_hx, Tensor d_cx, " \
+  "Tensor d_output, Tensor d_unit_weights"
+constexpr const char* recurrence_schemas[] = {
+    "_" FUSED_RNN_RECURRENCE_FORWARD_SCHEMA ")" FUSED_RNN_RECURRENCE_FORWARD_RESULTS ")",
+    "_" FUSED_RNN_RECURRENCE_BACKWARD_SCHEMA ")" FUSED_RNN_RECURRENCE_BACKWARD_RESULTS ")",
+    "_varied_" FUSED_RNN_RECURRENCE_FORWARD_SCHEMA
+    ", Tensor[] norms, Tensor? bias_ih" FUSED_RNN_VARIED_SCHEMA FUSED_RNN_RECURRENCE_FORWARD_RESULTS
+    ", Tensor statistics)",
+    "_varied_" FUSED_RNN_RECURRENCE_BACKWARD_SCHEMA
+    ", Tensor[] norms, Tensor? "
+    "statistics" FUSED_RNN_VARIED_SCHEMA FUSED_RNN_RECURRENCE_BACKWARD_RESULTS ", Tensor keep)",
+};
 
 // input * 0 with probability p, else / (1 - p): of rows (the last dimension) as philox.h draws them, in
 // the stream of weight dropout.
@@ -1324,9 +1510,11 @@ void implement_layers(Library& library) {
 #ifdef FUSED_RNN_PER_STEP
 template <class Library>
 void implement_recurrences(Library& library) {
-#define FUSED_RNN_IMPLEMENT_RECURRENCE(name, cell)                                  \
-  library.impl(#name "_recurrence_forward", TORCH_BOX(&name##_recurrence_forward)); \
-  library.impl(#name "_recurrence_backward", TORCH_BOX(&name##_recurrence_backward));
+#define FUSED_RNN_IMPLEMENT_RECURRENCE(name, cell)                                                \
+  library.impl(#name "_recurrence_forward", TORCH_BOX(&name##_recurrence_forward));               \
+  library.impl(#name "_recurrence_backward", TORCH_BOX(&name##_recurrence_backward));             \
+  library.impl(#name "_varied_recurrence_forward", TORCH_BOX(&name##_varied_recurrence_forward)); \
+  library.impl(#name "_varied_recurrence_backward", TORCH_BOX(&name##_varied_recurrence_backward));
   FUSED_RNN_FOR_EACH_CELL(FUSED_RNN_IMPLEMENT_RECURRENCE)
 }
 #endif
@@ -1342,8 +1530,7 @@ FUSED_RNN_LIBRARY(FUSED_RNN_NAMESPACE, library) {
   for (const auto& cell : binding::cell_traits) {
     for (const char* schema : binding::layer_schemas)
       library.def((std::string(cell.name) + schema).c_str());
-    for (const char* schema :
-         {binding::recurrence_forward_schema, binding::recurrence_backward_schema})
+    for (const char* schema : binding::recurrence_schemas)
       library.def((std::string(cell.name) + schema).c_str());
   }
   library.def(binding::dropout_schema);
@@ -1366,6 +1553,7 @@ FUSED_RNN_LIBRARY_IMPL(FUSED_RNN_NAMESPACE, CPU, library) {
 #ifdef FUSED_RNN_CUDA
 FUSED_RNN_LIBRARY_IMPL(FUSED_RNN_NAMESPACE, CUDA, library) {
   fused_rnn::binding::implement_recurrences(library);
+  library.impl("dropout", TORCH_BOX(&fused_rnn::binding::dropout));
 }
 #endif
 

@@ -57,6 +57,7 @@ struct Variation {
   LayerNorm layer_norm;
   double zoneout_h, zoneout_c;  // probability that a unit's h, c stays as it was
   double recurrent_dropout;     // probability that a unit's h is not seen by the next product
+  double layer_norm_eps;        // added to the variance
   const int64_t* seed;          // (1), or null: nothing is drawn, and zoneout is its expectation
 };
 
@@ -83,9 +84,8 @@ struct ForwardParams : Shape {
   Reserve saved_cells;   // 1 value c: the states c again, null when backward will not follow;
                          //   2 under zoneout of c: before it, too
   Sequence unprojected;  // (T, B, L, H) s: o tanh(c) before the projection; null unless wanted
-  void* statistics;      // (T, L, B, 3) c: 1 / standard deviation of input (or joint) gates, of
-                         //   hidden gates, of c; null without layer_norm or when backward will not
-                         //   follow
+  void* statistics;      // (T, L, B, N) c: 1 / standard deviation for each normalisation of a step
+                         //   (norm_count); null without layer_norm or when backward will not follow
 };
 
 struct BackwardParams : Shape {
@@ -104,33 +104,47 @@ struct BackwardParams : Shape {
   void* d_cx;  // (L, B, H) s, null for cells without c
 };
 
-// ---- the recurrence alone: what a CUDA engine does between the library's large products
-
-struct RecurrenceForwardParams : ForwardParams {
-  Sequence input_gates;   // (T, B, L, G*H) s: W_ih x_t + b_ih
-  const void* weight_hh;  // (L, G*H, P) s
-  const void* bias_hh;    // (L, G*H) s, or null
-  const void* weight_hr;  // (L, P, H) s, null unless projected
-  const void* weight_ch;  // (L, U, H) s, null unless the cell has weights of its own
-};
-
-struct RecurrenceBackwardParams : BackwardParams {
-  const void* weight_hh;    // (L, G*H, P) s
-  const void* weight_hr;    // (L, P, H) s, null unless projected
-  const void* weight_ch;    // (L, U, H) s, null unless the cell has weights of its own
-  Sequence d_input_gates;   // (T, B, L, G*H) s
-  Sequence d_hidden_gates;  // (T, B, L, G*H) s, null unless the cell splits its gates
-  Sequence d_output;        // (T, B, L, P) s: the whole gradient of h_t; null unless projected
-  Sequence d_weight_ch;     // (T, B, L, U*H) c: every step's part of the gradient; null without it
-};
-
-// ---- the whole layer, products included: what the CPU engine does
-
 // Weight and bias of a normalisation, or their gradients.
 template <class Pointer>
 struct NormWeights {
   Pointer weight, bias;
 };
+
+// ---- the recurrence alone: what a CUDA engine does between the library's large products
+
+// The weights of normalisations, lanes stacked; null where LaneWeights has none.
+struct StackedNorms {
+  NormWeights<const void*> input;   // (L, G*H) s
+  NormWeights<const void*> hidden;  // (L, G*H) s
+  NormWeights<const void*> c;       // (L, H) s
+};
+
+struct RecurrenceForwardParams : ForwardParams {
+  Sequence input_gates;   // (T, B, L, G*H) s: W_ih x_t + b_ih; W_ih x_t if layer_norm is separate
+  const void* weight_hh;  // (L, G*H, P) s
+  const void* bias_hh;    // (L, G*H) s, or null
+  const void* weight_hr;  // (L, P, H) s, null unless projected
+  const void* weight_ch;  // (L, U, H) s, null unless the cell has weights of its own
+  const void* bias_ih;    // (L, G*H) s, or null; always null unless layer_norm is separate
+  StackedNorms norms;
+};
+
+struct RecurrenceBackwardParams : BackwardParams {
+  const void* weight_hh;  // (L, G*H, P) s
+  const void* weight_hr;  // (L, P, H) s, null unless projected
+  const void* weight_ch;  // (L, U, H) s, null unless the cell has weights of its own
+  StackedNorms norms;
+  Sequence d_input_gates;  // (T, B, L, G*H) s
+  Sequence
+      d_hidden_gates;    // (T, B, L, G*H) s, null where they are the same: if layer_norm is joint,
+                         //   or there is none and the cell does not split its gates
+  Sequence d_output;     // (T, B, L, P) s: the whole gradient of h_t; null unless projected
+  void* d_unit_weights;  // (L, B, K, H) c, zeroed: gradients by row of the batch of the K weights
+                         //   that a unit has for itself (UnitWeightPlaces); null without such
+  void* keep;            // (L, B, P) c: by what recurrent dropout multiplied h; null without it
+};
+
+// ---- the whole layer, products included: what the CPU engine does
 
 // One lane's weights as they lie in memory, contiguous; or their gradients.
 template <class Pointer>
@@ -179,9 +193,9 @@ struct DropoutParams {
   DType dtype;
   int64_t rows, n;
   double p;
-  uint64_t seed;
-  const void* input;  // (rows, n) s
-  void* output;       // (rows, n) s
+  const int64_t* seed;  // (1)
+  const void* input;    // (rows, n) s
+  void* output;         // (rows, n) s
 };
 
 // ---- additive attention

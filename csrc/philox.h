@@ -63,8 +63,11 @@ HOST_DEVICE uint32_t chosen_limit(double p) { return static_cast<uint32_t>(p * 4
 HOST_DEVICE bool is_chosen(uint64_t seed, Stream stream, int64_t row, int64_t n, int64_t i,
                            double p) {
   const int64_t position = (row * chosen_blocks(n) + i / chosen_block) * 16 + i % 16;
-  return philox(seed, static_cast<uint64_t>(position), stream).word[i % chosen_block / 16] <
-         chosen_limit(p);
+  const PhiloxWords of = philox(seed, static_cast<uint64_t>(position), stream);
+  // No array is indexed by a variable: a GPU would keep it in memory.
+  const uint32_t first = i & 16 ? of.word[1] : of.word[0];
+  const uint32_t second = i & 16 ? of.word[3] : of.word[2];
+  return (i & 32 ? second : first) < chosen_limit(p);
 }
 
 }  // namespace fused_rnn

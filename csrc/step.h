@@ -115,16 +115,75 @@ struct UnitWeightPlaces {
         count(ln_c + (norm != LayerNorm::none && has_c ? 2 : 0)) {}
 };
 
-// Rows of random numbers (philox.h): of zoneout at a step, and of recurrent dropout.
-HOST_DEVICE int64_t zone_row(const Shape& p, int64_t lane, int64_t b, int64_t t) {
-  return (t * p.B + b) * p.L + lane;
+template <class Cell>
+HOST_DEVICE UnitWeightPlaces unit_weight_places(const Shape& p) {
+  return {is_varied<Cell> ? p.variation.layer_norm : LayerNorm::none, Cell::gates,
+          Cell::unit_weights, Cell::has_c};
 }
-HOST_DEVICE int64_t dropout_row(const Shape& p, int64_t lane, int64_t b) { return lane * p.B + b; }
 
 template <class V, class S>
 HOST_DEVICE V load_or_zero(const S* from, int64_t n) {
   return from ? Memory<V>::load(from, n) : V(0);
 }
+
+// Mean of a row that is normalised, and 1 over its standard deviation.
+template <class C>
+struct Moments {
+  C mean, scale;
+
+  template <class V>
+  HOST_DEVICE V normalise(V x) const {
+    return (x - V(mean)) * V(scale);
+  }
+};
+
+// What the gradient of a normalised row is to what was normalised: from the means, over the row, of
+// d_normal and of d_normal * normal.
+template <class C>
+struct NormGradient {
+  C scale, mean, slope;
+
+  template <class V>
+  HOST_DEVICE V at(V d_normal, V normal) const {
+    return (d_normal - V(mean) - normal * V(slope)) * V(scale);
+  }
+};
+
+// Weight and bias of a normalisation at units `at` and on.
+template <class S, class V>
+HOST_DEVICE V affine(V normal, const NormWeights<const void*>& norm, int64_t at, int64_t n) {
+  return normal * Memory<V>::load(static_cast<const S*>(norm.weight) + at, n) +
+         Memory<V>::load(static_cast<const S*>(norm.bias) + at, n);
+}
+
+// A gate of a product normalised, with weight and bias of that and what is added then; at `at` of those.
+template <class S, class V, class C>
+HOST_DEVICE V normalised_gate(const Moments<C>& of, V product, const NormWeights<const void*>& norm,
+                              const void* added, int64_t at, int64_t n, V& normal) {
+  normal = of.normalise(product);
+  return affine<S>(normal, norm, at, n) +
+         load_or_zero<V>(added ? static_cast<const S*>(added) + at : nullptr, n);
+}
+
+// How many normalisations a step has, and which of them is that of c; input (or joint) gates are the
+// first, hidden gates the next.
+HOST_DEVICE int64_t norm_of_c(LayerNorm norm) { return norm == LayerNorm::separate ? 2 : 1; }
+HOST_DEVICE int64_t norm_count(LayerNorm norm, bool has_c) {
+  return norm == LayerNorm::none ? 0 : norm_of_c(norm) + has_c;
+}
+
+// 1 / standard deviation for each of them.
+template <class Cell, class C, class Pointer>
+HOST_DEVICE C* statistics_at(const Shape& p, Pointer* statistics, const RowStep& row) {
+  return static_cast<C*>(statistics) +
+         ((row.t * p.L + row.lane) * p.B + row.b) * norm_count(p.variation.layer_norm, Cell::has_c);
+}
+
+// Rows of random numbers (philox.h): of zoneout at a step, and of recurrent dropout.
+HOST_DEVICE int64_t zone_row(const Shape& p, int64_t lane, int64_t b, int64_t t) {
+  return (t * p.B + b) * p.L + lane;
+}
+HOST_DEVICE int64_t dropout_row(const Shape& p, int64_t lane, int64_t b) { return lane * p.B + b; }
 
 // Loads initial state (hx or cx) of `n` units as the first step will see it, and, for a row without
 // steps, passes it on as the final state.
@@ -278,6 +337,30 @@ HOST_DEVICE void forward_units(const ForwardParams& p, const RowStep& row, int64
   emit_states<Cell, S>(p, row, unit, n, prev, next, c_state, h_state, factors);
 }
 
+// Under layer_norm: from the gates as the products left them to those that the cell sees. Joint ones
+// are summed up in input_gates, and then stand for the hidden gates.
+template <class Cell, class S, class V>
+HOST_DEVICE void normalise_gates(const ForwardParams& p, const RowStep& row, int64_t unit,
+                                 int64_t n, const LaneWeights<const void*>& w,
+                                 const Moments<Compute<S>>& input,
+                                 const Moments<Compute<S>>& hidden, V* input_gates,
+                                 V* hidden_gates) {
+  const bool joint = p.variation.layer_norm == LayerNorm::joint;
+  const SavedValues places = saved_values<Cell>(p);
+  V normal[2][Cell::gates];
+  for (int g = 0; g < Cell::gates; ++g) {
+    const int64_t at = g * p.H + unit;
+    const V first = normalised_gate<S>(input, input_gates[g], w.ln_input,
+                                       joint ? nullptr : w.bias_ih, at, n, normal[0][g]);
+    input_gates[g] = joint ? V(0) : first;
+    hidden_gates[g] = joint ? first
+                            : normalised_gate<S>(hidden, hidden_gates[g], w.ln_hidden, w.bias_hh,
+                                                 at, n, normal[1][g]);
+  }
+  save_values<S>(p, row, unit, n, normal[0], places.input, Cell::gates);
+  if (!joint) save_values<S>(p, row, unit, n, normal[1], places.hidden, Cell::gates);
+}
+
 // The half of it before c is normalised: c~, and gate o before its activation.
 template <class Cell, class S, class V>
 HOST_DEVICE void forward_c_units(const ForwardParams& p, const RowStep& row, int64_t unit,
@@ -292,17 +375,18 @@ HOST_DEVICE void forward_c_units(const ForwardParams& p, const RowStep& row, int
   gate_o = saved[Cell::O];
 }
 
-// The half after. `normal` is c~ normalised, and `inside` what weight and bias made of that.
+// The half after, from c~.
 template <class Cell, class S, class V, class HiddenState>
 HOST_DEVICE void forward_h_units(const ForwardParams& p, const RowStep& row, int64_t unit,
-                                 int64_t n, V c, V normal, V inside, V gate_o,
-                                 const void* weight_ch, Compute<S>* c_state, HiddenState* h_state,
-                                 const Factors<V>& factors) {
+                                 int64_t n, const Moments<Compute<S>>& of_c, V c, V gate_o,
+                                 const LaneWeights<const void*>& w, Compute<S>* c_state,
+                                 HiddenState* h_state, const Factors<V>& factors) {
+  const V normal = of_c.normalise(c), inside = affine<S>(normal, w.ln_c, unit, n);
   const State<V> prev{V(0), Memory<V>::load(c_state, n)};
   State<V> next{V(0), p.variation.layer_norm == LayerNorm::joint ? inside : c};
   V saved[Cell::saved];
   saved[Cell::O] = gate_o;
-  const UnitWeights<Cell, V> weights(static_cast<const S*>(weight_ch), p.H, unit, n);
+  const UnitWeights<Cell, V> weights(static_cast<const S*>(w.weight_ch), p.H, unit, n);
   next.h = Cell::forward_h(weights.values, next.c, inside, saved);
   save_values<S>(p, row, unit, n, saved + Cell::O, Cell::O, 1);
   save_values<S>(p, row, unit, n, &normal, saved_values<Cell>(p).c, 1);
@@ -387,40 +471,82 @@ HOST_DEVICE void backward_units(const BackwardParams& p, const RowStep& row, int
   if constexpr (Cell::has_c) Memory<V>::store(row.reset ? V(0) : d_prev.c, d_c_state, n);
 }
 
-// The half of it down to the normalisation of c. d_inside is the gradient of what weight and bias made of
-// the normalised c; d_c, in and out, the gradient of c~ that does not come from there.
-template <class Cell, class S, class V>
+// Through weight and bias of a normalisation of `count` rows of units, saved from `place` on: from the
+// gradients of what they made, d_values, to those of what was normalised. add(k, value) receives this
+// row's and step's part of the gradient of the unit's own weight k, theirs from `first`.
+template <class S, class V, class Add>
+HOST_DEVICE void backward_affine(const BackwardParams& p, const RowStep& row, int64_t unit,
+                                 int64_t n, int count, int64_t place, int64_t first,
+                                 const NormWeights<const void*>& norm, const V* d_values,
+                                 V* d_normal, const Add& add) {
+  for (int i = 0; i < count; ++i) {
+    const V normal = saved_value<S, V>(p, row, unit, n, place + i);
+    add(first + i, d_values[i] * normal);
+    add(first + count + i, d_values[i]);
+    d_normal[i] =
+        d_values[i] * Memory<V>::load(static_cast<const S*>(norm.weight) + i * p.H + unit, n);
+  }
+}
+
+// Likewise from the gates that a cell saw. Of joint ones only d_normal_input is there.
+template <class Cell, class S, class V, class Add>
+HOST_DEVICE void backward_gates(const BackwardParams& p, const RowStep& row, int64_t unit,
+                                int64_t n, const LaneWeights<const void*>& w,
+                                const V* d_input_gates, const V* d_hidden_gates, V* d_normal_input,
+                                V* d_normal_hidden, const Add& add) {
+  const SavedValues places = saved_values<Cell>(p);
+  const UnitWeightPlaces own = unit_weight_places<Cell>(p);
+  const auto through = [&](int64_t place, int64_t first, const NormWeights<const void*>& norm,
+                           const V* d_gates, V* d_normal) {
+    backward_affine<S>(p, row, unit, n, Cell::gates, place, first, norm, d_gates, d_normal, add);
+  };
+  if (p.variation.layer_norm == LayerNorm::joint)
+    return through(places.input, own.ln_input, w.ln_input, d_hidden_gates, d_normal_input);
+  through(places.input, own.ln_input, w.ln_input, d_input_gates, d_normal_input);
+  through(places.hidden, own.ln_hidden, w.ln_hidden, d_hidden_gates, d_normal_hidden);
+}
+
+// The half of it down to the normalisation of c: the gradients of gate o, of c~ as far as it does not
+// come from there, and of the normalised c. `add` as in backward_affine.
+template <class Cell, class S, class V, class Add>
 HOST_DEVICE void backward_h_units(const BackwardParams& p, const RowStep& row, int64_t unit,
-                                  int64_t n, V d_h, const void* weight_ch, V inside,
-                                  Compute<S>* d_c_state, V& d_c, V& d_gate_o, V& d_inside,
-                                  V* d_weight_ch, const Factors<V>& factors) {
-  V before, c;
+                                  int64_t n, V d_h, const LaneWeights<const void*>& w,
+                                  Compute<S>* d_c_state, V& d_gate_o, V& d_c, V& d_normal,
+                                  const Factors<V>& factors, const Add& add) {
+  const int64_t place = saved_values<Cell>(p).c;
+  const V inside = affine<S>(saved_value<S, V>(p, row, unit, n, place), w.ln_c, unit, n);
+  V before, c, d_weight_ch[Cell::unit_weights > 0 ? Cell::unit_weights : 1];
   load_cells<Cell, S>(p, row, unit, n, before, c);
   d_c = collect_d_cell<S, V>(p, row, unit, n, d_c_state);
   Memory<V>::store(row.reset ? V(0) : factors.zone_c * d_c, d_c_state, n);
   d_c = (V(1) - factors.zone_c) * d_c;
   V saved[Cell::saved];
   saved[Cell::O] = saved_value<S, V>(p, row, unit, n, Cell::O);
-  const UnitWeights<Cell, V> weights(static_cast<const S*>(weight_ch), p.H, unit, n);
-  d_inside = Cell::backward_h(saved, weights.values, c, inside, d_h, d_c, d_gate_o, d_weight_ch);
+  const UnitWeights<Cell, V> weights(static_cast<const S*>(w.weight_ch), p.H, unit, n);
+  V d_inside = Cell::backward_h(saved, weights.values, c, inside, d_h, d_c, d_gate_o, d_weight_ch);
   if (p.variation.layer_norm == LayerNorm::joint) {
     d_inside = d_inside + d_c;
     d_c = V(0);
   }
+  if constexpr (Cell::unit_weights > 0)
+    add(Cell::unit_weights - 1, d_weight_ch[Cell::unit_weights - 1]);
+  backward_affine<S>(p, row, unit, n, 1, place, unit_weight_places<Cell>(p).ln_c, w.ln_c, &d_inside,
+                     &d_normal, add);
 }
 
 // The half above it. d_c is the whole gradient of c~, d_gates[O] is there already.
-template <class Cell, class S, class V>
+template <class Cell, class S, class V, class Add>
 HOST_DEVICE void backward_c_units(const BackwardParams& p, const RowStep& row, int64_t unit,
-                                  int64_t n, V d_c, const void* weight_ch, Compute<S>* d_c_state,
-                                  V* d_gates, V* d_weight_ch) {
+                                  int64_t n, V d_c, const LaneWeights<const void*>& w,
+                                  Compute<S>* d_c_state, V* d_gates, const Add& add) {
   State<V> prev{V(0), V(0)}, d_prev{V(0), V(0)};
-  V after;
+  V after, d_weight_ch[Cell::unit_weights > 0 ? Cell::unit_weights : 1];
   load_cells<Cell, S>(p, row, unit, n, prev.c, after);
   V saved[Cell::saved];
   for (int i = 0; i < Cell::O; ++i) saved[i] = saved_value<S, V>(p, row, unit, n, i);
-  const UnitWeights<Cell, V> weights(static_cast<const S*>(weight_ch), p.H, unit, n);
+  const UnitWeights<Cell, V> weights(static_cast<const S*>(w.weight_ch), p.H, unit, n);
   Cell::backward_c(saved, weights.values, prev, d_c, d_gates, d_weight_ch, d_prev);
+  for (int k = 0; k < Cell::unit_weights - 1; ++k) add(k, d_weight_ch[k]);
   d_prev.c = d_prev.c + Memory<V>::load(d_c_state, n);
   Memory<V>::store(row.reset ? V(0) : d_prev.c, d_c_state, n);
 }

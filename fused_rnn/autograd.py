@@ -200,7 +200,7 @@ def _differentiable_backward(
         )  # fmt: skip
         results = reference.layer(
             traits.name, x, hx, cx if traits.has_c else None, lanes, lengths, resets, directions,
-            factors,
+            factors, variation.layer_norm_eps,
         )  # fmt: skip
         output, h_n, c_n, cells = results
         if exists is not None:

@@ -7,7 +7,7 @@ ops ``{cell}_recurrence_forward`` and ``_backward`` own what happens between the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from .ops import CellTraits
 
 Recurrence = Callable[..., tuple[Tensor, ...]]
+
+_SEPARATE = 1  # of ops.LAYER_NORMS
 
 
 def forward(
@@ -35,32 +37,41 @@ def forward(
     directions: int,
     save: bool,
     want_cells: bool,
+    *variation: Any,
 ) -> list[Tensor]:
-    """``{cell}_forward`` by ``{cell}_recurrence_forward``.
+    """``{cell}_forward`` by ``{cell}_recurrence_forward``, or varied by varied.
 
-    What is saved has other shapes than on the CPU: reserve (T, B, L, S*H), cells (T, B, L, H).
+    What is saved has other shapes than on the CPU: reserve (T, B, L, S*H), cells (T, B, L, H) or,
+    under zoneout of c, (T, B, L, 2*H).
     """
     _refuse_packed(batch_sizes)
-    weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_ch = _by_kind(
-        cell, weights, has_biases, lanes
+    layer_norm = variation[0] if variation else None
+    weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_ch, *norms = _by_kind(
+        cell, weights, has_biases, lanes, layer_norm
     )
     hh = _stack(weight_hh)
     T, B, _ = input.shape
-    gates = _linear(input, _concatenate(weight_ih), _concatenate(bias_ih) if has_biases else None)
-    output, h_n, c_n, reserve, cells, unprojected = recurrence(
+    biased = has_biases and layer_norm != _SEPARATE
+    late_bias = _stack(bias_ih) if has_biases and not biased else None
+    gates = _linear(input, _concatenate(weight_ih), _concatenate(bias_ih) if biased else None)
+    output, h_n, c_n, reserve, cells, unprojected, *statistics = recurrence(
         gates.view(T, B, lanes, hh.shape[1]), *_states(states), hh,
         _stack(bias_hh) if has_biases else None, _stack(weight_hr) if weight_hr else None,
         _stack(weight_ch) if weight_ch else None, lengths, resets, directions, save, want_cells,
+        *_varied(norms, late_bias, variation),
     )  # fmt: skip
     results = [output.flatten(2), h_n]
     if cell.has_c:
         results.append(c_n)
     if want_cells:
-        results.append(cells.clone() if save else cells)  # an op's results may not alias
+        # An op's results may not alias.
+        H = hh.shape[1] // cell.gates
+        results.append(cells[..., :H].clone() if save else cells)
     if save:
-        results += [reserve] if cell.saved else []
+        results += [reserve] if cell.saved_values(layer_norm) else []
         results += [cells] if cell.has_c else []
         results += [unprojected] if weight_hr else []
+        results += statistics if layer_norm else []
     return results
 
 
@@ -85,25 +96,31 @@ def backward(
     need_input: bool,
     need_states: bool,
     need_weights: bool,
+    *variation: Any,
 ) -> list[Tensor]:
-    """``{cell}_backward`` by ``{cell}_recurrence_backward``."""
+    """``{cell}_backward`` by ``{cell}_recurrence_backward``, or varied by varied."""
     _refuse_packed(batch_sizes)
-    weight_ih, weight_hh, _, _, weight_hr, weight_ch = _by_kind(cell, weights, has_biases, lanes)
+    layer_norm = variation[0] if variation else None
+    weight_ih, weight_hh, _, _, weight_hr, weight_ch, *norms = _by_kind(
+        cell, weights, has_biases, lanes, layer_norm
+    )
     T, B, I = input.shape  # noqa: E741
     output = output.unflatten(2, (lanes, -1))
     none = input.new_empty(0)
     left = iter(saved)
-    reserve = next(left) if cell.saved else none
+    reserve = next(left) if cell.saved_values(layer_norm) else none
     cells = next(left) if cell.has_c else none
     unprojected = next(left) if weight_hr else none
     hx, cx = _states(states)
-    d_input_gates, d_hidden_gates, d_hx, d_cx, d_output, d_weight_ch = recurrence(
+    statistics = next(left) if layer_norm else None
+    d_input_gates, d_hidden_gates, d_hx, d_cx, d_output, d_unit_weights, *keep = recurrence(
         None if grad_output is None else grad_output.unflatten(2, (lanes, -1)),
         grad_h_n, grad_c_n, grad_cells, output, reserve, cells, hx, cx, _stack(weight_hh),
         _stack(weight_hr) if weight_hr else None, _stack(weight_ch) if weight_ch else None,
-        lengths, resets, directions,
+        lengths, resets, directions, *_varied(norms, statistics, variation),
     )  # fmt: skip
-    if not cell.split_gates:
+    split_gates = layer_norm == _SEPARATE or (cell.split_gates and not layer_norm)
+    if not split_gates:
         d_hidden_gates = d_input_gates
     gate_rows = d_input_gates.shape[-1]
     d_inputs = d_input_gates.view(T * B, lanes * gate_rows)
@@ -116,12 +133,22 @@ def backward(
         return results
     read = reference.mask_beyond(input, lengths).reshape(T * B, I)
     d_weight_ih = _unstack((d_inputs.t() @ read).view(lanes, gate_rows, I))
-    d_bias_ih = _unstack(d_inputs.sum(0).view(lanes, gate_rows))
-    d_bias_hh = [
-        d_hidden_gates[:, :, lane].sum((0, 1)) if cell.split_gates else d_bias_ih[lane].clone()
-        for lane in range(lanes if has_biases else 0)
-    ]
+    d_own = _unit_gradients(cell, d_unit_weights, lanes, layer_norm or 0, input.dtype)
+    if layer_norm == _SEPARATE:
+        # What is added to a normalised gate has one gradient, whatever it is called.
+        ln_ih_bias = 1 + (cell.unit_weights > 0)
+        d_bias_ih = [d[ln_ih_bias].clone() for d in d_own]
+        d_bias_hh = [d[ln_ih_bias + 2].clone() for d in d_own]
+    else:
+        d_bias_ih = _unstack(d_inputs.sum(0).view(lanes, gate_rows))
+        d_bias_hh = [
+            d_hidden_gates[:, :, lane].sum((0, 1)) if split_gates else d_bias_ih[lane].clone()
+            for lane in range(lanes if has_biases else 0)
+        ]
     previous = _previous_hidden(output, hx, lengths, resets, directions)
+    if keep and keep[0].numel():
+        kept = previous.unflatten(1, (T, B)) * keep[0].unsqueeze(1)
+        previous = kept.to(previous.dtype).flatten(1, 2)
     for lane in range(lanes):
         d_hidden = d_hidden_gates[:, :, lane].reshape(T * B, gate_rows)
         if cell.late_gate:
@@ -139,8 +166,7 @@ def backward(
             d_projected = d_output[:, :, lane].reshape(T * B, output.shape[-1])
             m = unprojected[:, :, lane].reshape(T * B, unprojected.shape[-1])
             results.append(d_projected.t() @ m)
-        if weight_ch:
-            results.append(d_weight_ch[:, :, lane].sum((0, 1)).to(input.dtype))
+        results += d_own[lane]
     return results
 
 
@@ -150,11 +176,35 @@ def _refuse_packed(batch_sizes: Tensor | None) -> None:
 
 
 def _by_kind(
-    cell: CellTraits, weights: Sequence[Tensor], has_biases: bool, lanes: int
+    cell: CellTraits,
+    weights: Sequence[Tensor],
+    has_biases: bool,
+    lanes: int,
+    layer_norm: int | None,
 ) -> tuple[list[Tensor], ...]:
     """Per field of ``reference.Weights`` one tensor per lane, or nothing."""
-    by_lane = cell.by_lane(weights, has_biases, lanes)
+    by_lane = cell.by_lane(weights, has_biases, lanes, layer_norm or 0)
     return tuple([t for t in kind if t is not None] for kind in zip(*by_lane, strict=True))
+
+
+def _varied(
+    norms: Sequence[list[Tensor]], other: Tensor | None, variation: tuple[Any, ...]
+) -> tuple[Any, ...]:
+    """The last arguments of a varied recurrence."""
+    return ([_stack(of) for of in norms if of], other, *variation) if variation else ()
+
+
+def _unit_gradients(
+    cell: CellTraits, d_unit_weights: Tensor, lanes: int, layer_norm: int, dtype: torch.dtype
+) -> list[list[Tensor]]:
+    """Per lane those of weight_ch, if there is one, and of each norm, as an op returns them."""
+    sizes = [cell.unit_weights] if cell.unit_weights else []
+    for of in cell.norms(layer_norm):
+        sizes += [1 if of == "c" else cell.gates] * 2
+    if not sizes:
+        return [[] for _ in range(lanes)]
+    kinds = d_unit_weights.sum(1).split(sizes, dim=1)
+    return [[d[lane].flatten().to(dtype, copy=True) for d in kinds] for lane in range(lanes)]
 
 
 def _states(states: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:

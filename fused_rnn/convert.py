@@ -47,8 +47,8 @@ def convert(model: M) -> M:
 
     Warns:
         UserWarning: an LSTM of torchaudio's is left alone, since its results would not be the same:
-            its normalisations have another eps than 1e-5, or a submodule of it was replaced or has
-            hooks (as old-style ``weight_norm`` sets). The message names the layer, what was
+            its two normalisations differ in eps, or a submodule of it was replaced or has hooks (as
+            old-style ``weight_norm`` sets). The message names the layer, what was
             expected and what is given.
     """
     twins: dict[nn.Module, nn.Module] = {}

@@ -8,6 +8,7 @@ weight and bias of every layer normalisation.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any, NamedTuple
@@ -38,6 +39,7 @@ def lstm(
     peephole: bool = False,
     coupled: bool = False,
     layer_norm: bool | str = False,
+    layer_norm_eps: float = 1e-5,
     zoneout: float | tuple[float, float] = 0.0,
     recurrent_dropout: float = 0.0,
     weight_dropout: float = 0.0,
@@ -55,8 +57,8 @@ def lstm(
         resets: bool (T, B), or (B, T) with ``batch_first``. Where true the state is zeroed before
             that step, and no gradient crosses.
         return_cells: also return the c of every step of the last layer, (T, B, D * H).
-        peephole, coupled, layer_norm, zoneout, recurrent_dropout, weight_dropout: as
-            ``fused_rnn.LSTM``, in training if ``train``.
+        peephole, coupled, layer_norm, layer_norm_eps, zoneout, recurrent_dropout,
+            weight_dropout: as ``fused_rnn.LSTM``, in training if ``train``.
 
     Returns:
         output (T, B, D * P), h_n, c_n[, cells], batch first as the input is.
@@ -69,7 +71,9 @@ def lstm(
         lstm_cell(peephole, coupled), input, () if h is None or c is None else (h, c), params,
         has_biases, num_layers,
         dropout, train, bidirectional, batch_first, lengths, resets, return_cells,
-        options=check_options(True, layer_norm, zoneout, recurrent_dropout, weight_dropout),
+        options=check_options(
+            True, layer_norm, layer_norm_eps, zoneout, recurrent_dropout, weight_dropout
+        ),
     )  # fmt: skip
     return tuple(results)
 
@@ -89,6 +93,7 @@ def gru(
     resets: Tensor | None = None,
     reset_after: bool = True,
     layer_norm: bool | str = False,
+    layer_norm_eps: float = 1e-5,
     zoneout: float = 0.0,
     recurrent_dropout: float = 0.0,
     weight_dropout: float = 0.0,
@@ -100,7 +105,9 @@ def gru(
     output, h_n = run(
         gru_cell(reset_after), input, () if hx is None else (hx,), params, has_biases, num_layers,
         dropout, train, bidirectional, batch_first, lengths, resets,
-        options=check_options(False, layer_norm, zoneout, recurrent_dropout, weight_dropout),
+        options=check_options(
+            False, layer_norm, layer_norm_eps, zoneout, recurrent_dropout, weight_dropout
+        ),
     )  # fmt: skip
     return output, h_n
 
@@ -120,6 +127,7 @@ def rnn(
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
     layer_norm: bool | str = False,
+    layer_norm_eps: float = 1e-5,
     zoneout: float = 0.0,
     recurrent_dropout: float = 0.0,
     weight_dropout: float = 0.0,
@@ -131,7 +139,9 @@ def rnn(
     output, h_n = run(
         rnn_cell(nonlinearity), input, () if hx is None else (hx,), params, has_biases, num_layers,
         dropout, train, bidirectional, batch_first, lengths, resets,
-        options=check_options(False, layer_norm, zoneout, recurrent_dropout, weight_dropout),
+        options=check_options(
+            False, layer_norm, layer_norm_eps, zoneout, recurrent_dropout, weight_dropout
+        ),
     )  # fmt: skip
     return output, h_n
 
@@ -157,6 +167,7 @@ class Options(NamedTuple):
     """The options of a layer that change the step around its cell, and weight dropout."""
 
     layer_norm: int  # of ops.LAYER_NORMS
+    layer_norm_eps: float
     zoneout: tuple[float, float]  # of h and c
     recurrent_dropout: float
     weight_dropout: float
@@ -165,6 +176,7 @@ class Options(NamedTuple):
 def check_options(
     has_c: bool,
     layer_norm: bool | str,
+    layer_norm_eps: float,
     zoneout: float | tuple[float, float],
     recurrent_dropout: float,
     weight_dropout: float,
@@ -191,6 +203,10 @@ def check_options(
         zones = (zoneout[0], zoneout[1])
     else:
         zones = (zoneout, zoneout)
+    if not isinstance(layer_norm_eps, Real) or isinstance(layer_norm_eps, bool):
+        raise TypeError(f"layer_norm_eps should be a number, got: {type(layer_norm_eps).__name__}")
+    if not 0 <= layer_norm_eps < math.inf:
+        raise ValueError(f"layer_norm_eps should be finite and not negative, got {layer_norm_eps}")
     given = {"recurrent_dropout": recurrent_dropout, "weight_dropout": weight_dropout}
     for name, p in (("zoneout", zones[0]), ("zoneout", zones[1]), *given.items()):
         if not isinstance(p, Real) or isinstance(p, bool):
@@ -200,8 +216,8 @@ def check_options(
     if not has_c:
         zones = (zones[0], 0.0)
     return Options(
-        ops.LAYER_NORMS.index(norm), (float(zones[0]), float(zones[1])), float(recurrent_dropout),
-        float(weight_dropout),
+        ops.LAYER_NORMS.index(norm), float(layer_norm_eps), (float(zones[0]), float(zones[1])),
+        float(recurrent_dropout), float(weight_dropout),
     )  # fmt: skip
 
 
@@ -400,6 +416,8 @@ def _is_plain_on_cpu(tensor: Tensor) -> bool:
 def _variation(options: Options, train: bool) -> ops.Variation | None:
     recurrent_dropout = options.recurrent_dropout if train else 0.0
     variation = ops.Variation(options.layer_norm, *options.zoneout, recurrent_dropout)
+    if options.layer_norm:
+        variation = variation._replace(layer_norm_eps=options.layer_norm_eps)
     return None if variation == ops.PLAIN else variation
 
 
@@ -455,7 +473,8 @@ def _layers(
 
 def _seed(variation: ops.Variation | None, train: bool, input: Tensor) -> Tensor | None:
     """What a layer's random numbers follow from, where it draws any."""
-    return _draw_seed(input) if train and variation is not None and any(variation[1:]) else None
+    draws = train and variation is not None and any(variation[1:4])
+    return _draw_seed(input) if draws else None
 
 
 def _draw_seed(like: Tensor) -> Tensor:

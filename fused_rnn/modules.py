@@ -29,6 +29,7 @@ class _Options:
     reset_after = True
     num_heads = 1
     layer_norm: bool | str = False
+    layer_norm_eps = 1e-5
     zoneout: float | tuple[float, float] = 0.0
     recurrent_dropout = weight_dropout = 0.0
     _DEFAULTS: ClassVar = {
@@ -37,6 +38,7 @@ class _Options:
         "reset_after": True,
         "num_heads": 1,
         "layer_norm": False,
+        "layer_norm_eps": 1e-5,
         "zoneout": 0.0,
         "recurrent_dropout": 0.0,
         "weight_dropout": 0.0,
@@ -76,8 +78,9 @@ class _Options:
     def _options(self) -> functional.Options | None:
         # At every call: the rates may be changed at any time, as torch.nn's dropout.
         return functional.check_options(
-            self._has_c, self.layer_norm, self.zoneout, self.recurrent_dropout, self.weight_dropout
-        )
+            self._has_c, self.layer_norm, self.layer_norm_eps, self.zoneout,
+            self.recurrent_dropout, self.weight_dropout,
+        )  # fmt: skip
 
     def _own_shapes(self, cell: str) -> dict[str, tuple[int, ...]]:
         """Weights that torch.nn's layer does not have, or has in another shape."""
@@ -309,7 +312,8 @@ class RNN(_Layer):
             2016, arXiv 1607.06450): weights ``ln_ih_*``, ``ln_hh_*``, ``ln_c_*``. ``"joint"``
             normalises the sum of both and the biases, and in LSTM c itself: ``ln_g_*``, ``ln_c_*``
             (``*`` is ``weight_l{k}`` and ``bias_l{k}``; over G gates (G * hidden_size), of c
-            (hidden_size)). In GRU the sum's third part is what the reset gate multiplies. eps 1e-5.
+            (hidden_size)). In GRU the sum's third part is what the reset gate multiplies.
+        layer_norm_eps: added to the variance, as in :class:`torch.nn.LayerNorm`.
         zoneout: probability that a unit of h (in LSTM also of c, or a pair of both probabilities)
             stays as it was, in training; else the expectation of that (Krueger et al. 2017, arXiv
             1606.01305).
@@ -333,6 +337,7 @@ class RNN(_Layer):
         *args: Any,
         num_heads: int = 1,
         layer_norm: bool | str = False,
+        layer_norm_eps: float = 1e-5,
         zoneout: float = 0.0,
         recurrent_dropout: float = 0.0,
         weight_dropout: float = 0.0,
@@ -351,7 +356,8 @@ class RNN(_Layer):
             )
         super().__init__(f"RNN_{self.nonlinearity.upper()}", *args, **kwargs)
         if self._set_options(
-            num_heads=num_heads, layer_norm=layer_norm, zoneout=zoneout,
+            num_heads=num_heads, layer_norm=layer_norm,
+            layer_norm_eps=layer_norm_eps, zoneout=zoneout,
             recurrent_dropout=recurrent_dropout, weight_dropout=weight_dropout,
         ):  # fmt: skip
             self._set_weights()
@@ -417,6 +423,7 @@ class GRU(_Layer):
         reset_after: bool = True,
         num_heads: int = 1,
         layer_norm: bool | str = False,
+        layer_norm_eps: float = 1e-5,
         zoneout: float = 0.0,
         recurrent_dropout: float = 0.0,
         weight_dropout: float = 0.0,
@@ -427,6 +434,7 @@ class GRU(_Layer):
         super().__init__("GRU", *args, **kwargs)
         if self._set_options(
             reset_after=reset_after, num_heads=num_heads, layer_norm=layer_norm,
+            layer_norm_eps=layer_norm_eps,
             zoneout=zoneout, recurrent_dropout=recurrent_dropout, weight_dropout=weight_dropout,
         ):  # fmt: skip
             self._set_weights()
@@ -472,6 +480,7 @@ class LSTM(_Layer):
         coupled: bool = False,
         num_heads: int = 1,
         layer_norm: bool | str = False,
+        layer_norm_eps: float = 1e-5,
         zoneout: float | tuple[float, float] = 0.0,
         recurrent_dropout: float = 0.0,
         weight_dropout: float = 0.0,
@@ -480,6 +489,7 @@ class LSTM(_Layer):
         super().__init__("LSTM", *args, **kwargs)
         if self._set_options(
             peephole=peephole, coupled=coupled, num_heads=num_heads, layer_norm=layer_norm,
+            layer_norm_eps=layer_norm_eps,
             zoneout=zoneout, recurrent_dropout=recurrent_dropout, weight_dropout=weight_dropout,
         ):  # fmt: skip
             self._set_weights()
@@ -621,11 +631,17 @@ class RNNCell(_Cell):
         *,
         num_heads: int = 1,
         layer_norm: bool | str = False,
+        layer_norm_eps: float = 1e-5,
         zoneout: float = 0.0,
     ) -> None:
         super().__init__(input_size, hidden_size, bias, num_chunks=1, device=device, dtype=dtype)
         self.nonlinearity = nonlinearity
-        if self._set_options(num_heads=num_heads, layer_norm=layer_norm, zoneout=zoneout):
+        if self._set_options(
+            num_heads=num_heads,
+            layer_norm=layer_norm,
+            layer_norm_eps=layer_norm_eps,
+            zoneout=zoneout,
+        ):
             self._set_weights("rnn_tanh")
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
@@ -654,11 +670,16 @@ class GRUCell(_Cell):
         reset_after: bool = True,
         num_heads: int = 1,
         layer_norm: bool | str = False,
+        layer_norm_eps: float = 1e-5,
         zoneout: float = 0.0,
     ) -> None:
         super().__init__(input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype)
         if self._set_options(
-            reset_after=reset_after, num_heads=num_heads, layer_norm=layer_norm, zoneout=zoneout
+            reset_after=reset_after,
+            num_heads=num_heads,
+            layer_norm=layer_norm,
+            layer_norm_eps=layer_norm_eps,
+            zoneout=zoneout,
         ):
             self._set_weights(functional.gru_cell(reset_after))
 
@@ -691,6 +712,7 @@ class LSTMCell(_Cell):
         coupled: bool = False,
         num_heads: int = 1,
         layer_norm: bool | str = False,
+        layer_norm_eps: float = 1e-5,
         zoneout: float | tuple[float, float] = 0.0,
     ) -> None:
         chunks = 3 if coupled else 4
@@ -699,6 +721,7 @@ class LSTMCell(_Cell):
         )
         if self._set_options(
             peephole=peephole, coupled=coupled, num_heads=num_heads, layer_norm=layer_norm,
+            layer_norm_eps=layer_norm_eps,
             zoneout=zoneout,
         ):  # fmt: skip
             self._set_weights(functional.lstm_cell(peephole, coupled))

@@ -7,6 +7,7 @@ composed of torch's products and the recurrence ops (``composed.py``).
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -35,6 +36,10 @@ class CellTraits(NamedTuple):
         """What is normalised: each has a weight and a bias."""
         of_gates = ((), ("ih", "hh"), ("g",))[layer_norm]
         return (*of_gates, "c") if of_gates and self.has_c else of_gates
+
+    def saved_values(self, layer_norm: int | None) -> int:
+        """Values per unit and step in the reserve; None for the plain op."""
+        return self.saved if layer_norm is None else _C.saved_values(self.name, layer_norm)
 
     def weights(self, has_biases: bool, layer_norm: int = 0) -> int:
         """How many tensors of weights a lane has without a projection."""
@@ -74,6 +79,7 @@ class Variation(NamedTuple):
     zoneout_h: float = 0.0
     zoneout_c: float = 0.0
     recurrent_dropout: float = 0.0
+    layer_norm_eps: float = 1e-5
 
 
 PLAIN = Variation()
@@ -146,6 +152,7 @@ def _register_fakes(cell: CellTraits) -> None:
         zoneout_h: float = 0.0,
         zoneout_c: float = 0.0,
         recurrent_dropout: float = 0.0,
+        layer_norm_eps: float = 1e-5,
         seed: Tensor | None = None,
     ) -> list[Tensor]:
         _check_devices(input, *states, *weights)
@@ -168,13 +175,12 @@ def _register_fakes(cell: CellTraits) -> None:
         if want_cells:
             results.append(new((*rows, lanes, H), dtype=c_dtype))
         if save:
-            saved, cells = cell.saved, 1
-            if layer_norm is not None:
-                saved, cells = _C.saved_values(cell.name, layer_norm), 1 + (zoneout_c > 0)
+            saved, cells = cell.saved_values(layer_norm), 1 + (zoneout_c > 0)
             results += [reserve(saved, input.dtype)] if saved else []
             results += [reserve(cells, c_dtype)] if cell.has_c else []
             results += [new((*rows, lanes, H))] if projected else []
-            results += [new((T, lanes, B, 3), dtype=c_dtype)] if layer_norm else []
+            norms = len(cell.norms(layer_norm or 0))
+            results += [new((T, lanes, B, norms), dtype=c_dtype)] if norms else []
         return results
 
     def backward(
@@ -214,22 +220,20 @@ def _register_fakes(cell: CellTraits) -> None:
 
 def compose_layer(cell: CellTraits, namespace: str = "fused_rnn", device: str = "CUDA") -> None:
     """Implements the layer ops of ``cell`` on a device by its recurrence ops (``composed.py``)."""
-    recurrences = {
-        direction: getattr(getattr(torch.ops, namespace), f"{cell.name}_recurrence_{direction}")
-        for direction in ("forward", "backward")
-    }
+    for kind in ("", "_varied"):
+        for direction in ("forward", "backward"):
+            name = f"{cell.name}{kind}_recurrence_{direction}"
+            recurrence = getattr(getattr(torch.ops, namespace), name).default
+            implement = functools.partial(_compose, direction, cell, recurrence, device.lower())
+            torch.library.impl(f"{namespace}::{cell.name}{kind}_{direction}", device, implement)
 
+
+def _compose(
+    direction: str, cell: CellTraits, recurrence: OpOverload, device: str, *args: Any
+) -> list[Tensor]:
     # As every op: no graph inside, and dtypes that depend on the arguments alone.
-    def forward(*args: Any) -> list[Tensor]:
-        with torch.no_grad(), torch.autocast(device.lower(), enabled=False):
-            return composed.forward(cell, recurrences["forward"].default, *args)
-
-    def backward(*args: Any) -> list[Tensor]:
-        with torch.no_grad(), torch.autocast(device.lower(), enabled=False):
-            return composed.backward(cell, recurrences["backward"].default, *args)
-
-    torch.library.impl(f"{namespace}::{cell.name}_forward", device, forward)
-    torch.library.impl(f"{namespace}::{cell.name}_backward", device, backward)
+    with torch.no_grad(), torch.autocast(device, enabled=False):
+        return getattr(composed, direction)(cell, recurrence, *args)
 
 
 for _cell in CELLS.values():

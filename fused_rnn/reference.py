@@ -197,13 +197,13 @@ def recurrent_product(h: Tensor, weight_hh: Tensor) -> Tensor:
     return by_head.unflatten(2, (-1, width)).transpose(1, 2).flatten(1)
 
 
-def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """Ba et al. 2016 (arXiv 1607.06450) over the last dimension, eps 1e-5."""
-    return F.layer_norm(x, x.shape[-1:], weight, bias)
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """Ba et al. 2016 (arXiv 1607.06450) over the last dimension."""
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
 def normalised_gates(
-    weights: Weights, input_product: Tensor, hidden_product: Tensor
+    weights: Weights, input_product: Tensor, hidden_product: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Input and hidden gates of the two products, which are as yet without biases.
 
@@ -215,26 +215,26 @@ def normalised_gates(
     bias_ih = 0 if weights.bias_ih is None else weights.bias_ih
     bias_hh = 0 if weights.bias_hh is None else weights.bias_hh
     if weights.ln_ih_weight is not None:
-        input_product = layer_norm(input_product, weights.ln_ih_weight, weights.ln_ih_bias)
-        hidden_product = layer_norm(hidden_product, weights.ln_hh_weight, weights.ln_hh_bias)
+        input_product = layer_norm(input_product, weights.ln_ih_weight, weights.ln_ih_bias, eps)
+        hidden_product = layer_norm(hidden_product, weights.ln_hh_weight, weights.ln_hh_bias, eps)
     elif weights.ln_g_weight is not None:
         total = input_product + bias_ih + hidden_product + bias_hh
-        total = layer_norm(total, weights.ln_g_weight, weights.ln_g_bias)
+        total = layer_norm(total, weights.ln_g_weight, weights.ln_g_bias, eps)
         return torch.zeros_like(total), total
     return input_product + bias_ih, hidden_product + bias_hh
 
 
-def normalised_cell(weights: Weights) -> Through:
+def normalised_cell(weights: Weights, eps: float) -> Through:
     """What becomes of an LSTM's new c under layer normalisation.
 
     "separate" normalises what the output's tanh sees (Ba et al. 2016, eq. 22), "joint" c itself.
     """
 
     def separate(c: Tensor) -> tuple[Tensor, Tensor]:
-        return c, layer_norm(c, weights.ln_c_weight, weights.ln_c_bias)
+        return c, layer_norm(c, weights.ln_c_weight, weights.ln_c_bias, eps)
 
     def joint(c: Tensor) -> tuple[Tensor, Tensor]:
-        c = layer_norm(c, weights.ln_c_weight, weights.ln_c_bias)
+        c = layer_norm(c, weights.ln_c_weight, weights.ln_c_bias, eps)
         return c, c
 
     return separate if weights.ln_g_weight is None else joint
@@ -255,6 +255,7 @@ def direction(
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
     factors: Factors = NO_FACTORS,
+    eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Runs one direction of one layer over a sequence.
 
@@ -266,6 +267,7 @@ def direction(
         resets: (T, B) bool; where true the state is zeroed before that step.
         factors: of zoneout and of recurrent dropout (Gal & Ghahramani 2016, arXiv 1512.05287: the
             same units of h are dropped in every timestep).
+        eps: of layer normalisation.
 
     Returns:
         output (T, B, P), zero beyond a row's length; h_n (B, P); for lstm c_n (B, H) and the cell
@@ -281,7 +283,7 @@ def direction(
     own: tuple[Any, ...] = () if weights.weight_ch is None else (weights.weight_ch,)
     if cell == "gru_reset_before":
         own = (lambda h: product(h) + (0 if weights.bias_hh is None else weights.bias_hh),)
-    through = {} if weights.ln_c_weight is None else {"through": normalised_cell(weights)}
+    through = {} if weights.ln_c_weight is None else {"through": normalised_cell(weights, eps)}
     input_product = F.linear(mask_beyond(input, lengths), weights.weight_ih)
     zone_h, zone_c = (
         zone if isinstance(zone, Tensor) else [zone] * T
@@ -295,7 +297,9 @@ def direction(
             keep = ~resets[t].unsqueeze(-1)
             h_before = torch.where(keep, h, torch.zeros_like(h))
             c_before = None if c is None else torch.where(keep, c, torch.zeros_like(c))
-        input_gates, hidden_gates = normalised_gates(weights, input_product[t], product(h_before))
+        input_gates, hidden_gates = normalised_gates(
+            weights, input_product[t], product(h_before), eps
+        )
         h_new, c_new = CELLS[cell](input_gates, hidden_gates, (h_before, c_before), *own, **through)
         if weights.weight_hr is not None:
             h_new = F.linear(h_new, weights.weight_hr)
@@ -329,6 +333,7 @@ def layer(
     resets: Tensor | None = None,
     directions: int | None = None,
     factors: Sequence[Factors] = (),
+    eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Runs one layer: one direction per entry of ``weights``, the second backwards in time.
 
@@ -341,7 +346,7 @@ def layer(
     results = [
         direction(
             cell, input, hx[d], None if cx is None else cx[d], w, both and d % 2 == 1, lengths,
-            resets, factors[d] if factors else NO_FACTORS,
+            resets, factors[d] if factors else NO_FACTORS, eps,
         )
         for d, w in enumerate(weights)
     ]  # fmt: skip
@@ -361,6 +366,7 @@ def stacked(
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
     factors: Sequence[Sequence[Factors]] = (),
+    eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Runs layers over each other, as torch.nn without dropout.
 
@@ -376,7 +382,7 @@ def stacked(
         at = slice(k * D, (k + 1) * D)
         output, h, c, cells = layer(
             cell, input, hx[at], None if cx is None else cx[at], directions, lengths, resets,
-            factors=factors[k] if factors else (),
+            factors=factors[k] if factors else (), eps=eps,
         )  # fmt: skip
         input = output.flatten(2)
         h_n.append(h)

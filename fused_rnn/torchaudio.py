@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from . import functional
 
-_EPS = 1e-5  # of every normalisation here
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -50,8 +49,9 @@ class PredictorLSTM(nn.Module):
         params = [x2g.weight, p2g.weight]
         if x2g.bias is not None:
             params += [x2g.bias, torch.zeros_like(x2g.bias)]
-        normalised = isinstance(g_norm, nn.LayerNorm)
-        if normalised:
+        norm: dict[str, Any] = {}
+        if isinstance(g_norm, nn.LayerNorm):
+            norm = {"layer_norm": "joint", "layer_norm_eps": g_norm.eps}
             params += [g_norm.weight, g_norm.bias, c_norm.weight, c_norm.bias]
         hx = None
         if state is not None:
@@ -63,9 +63,7 @@ class PredictorLSTM(nn.Module):
                         f"Expected {name} in state of shape {expected}, got {tuple(given.shape)}"
                     )
             hx = (h.unsqueeze(0), c.unsqueeze(0))
-        results = functional.lstm(
-            input, hx, params, x2g.bias is not None, layer_norm="joint" if normalised else False
-        )
+        results = functional.lstm(input, hx, params, x2g.bias is not None, **norm)
         # Under autocast torchaudio's results keep the dtype of c, which begins as the input's.
         dtype = input.dtype if hx is None else hx[1].dtype
         output, h_n, c_n = (result.to(dtype) for result in results)
@@ -88,8 +86,8 @@ def refusal(layer: nn.Module) -> str | None:
             "g_norm and c_norm both torch.nn.LayerNorm (with weight and bias) or both Identity, "
             f"got {x2g}, {p2g}, {g_norm} and {c_norm}"
         )
-    if (g_norm.eps, c_norm.eps) != (_EPS, _EPS):
-        return f"expected g_norm and c_norm with eps={_EPS}, got {g_norm.eps} and {c_norm.eps}"
+    if g_norm.eps != c_norm.eps:
+        return f"expected g_norm and c_norm of equal eps, got {g_norm.eps} and {c_norm.eps}"
     return None
 
 

@@ -24,7 +24,8 @@ BASELINE = Path(__file__).with_suffix(".json")
 TARGETS = {"sm_80": "compute_80", "sm_90a": "compute_90a", "sm_100": "compute_100"}
 UPDATE = "If this is deliberate: python tests/kernel_resources.py --update"
 
-# What types are called in kernel names; c is for coupled, p for peephole, rb for reset before.
+# What types are called in kernel names; c is for coupled, p for peephole, rb for reset before, and
+# + for Varied.
 TYPES = {
     "double": "fp64",
     "float": "fp32",
@@ -117,6 +118,7 @@ def readable(symbol: str) -> str:
                 break
     types = "|".join(map(re.escape, TYPES))
     name = re.sub(rf"(?<!\w)(?:{types})(?!\w)", lambda match: TYPES[match[0]], name)
+    name = re.sub(r"Varied<(\w+) ?>", r"\1+", name)
     return re.sub(r"\((\w+)\)(\d+)", r"\1 \2", name)  # enumerators
 
 

@@ -138,7 +138,7 @@ def engines_on_cpu(per_step: str = "csrc/cuda/per_step.cu") -> Path:
         [
             [*base, *torch_flags(), *defines, "-Itests", "-c", "csrc/binding.cpp"],
             [*base, "-c", "tests/cuda_on_cpu/no_engine.cpp"],
-            *cuda_on_cpu_commands([per_step]),
+            *cuda_on_cpu_commands([per_step, "csrc/cuda/dropout.cu"]),
         ],
         torch_link_flags(),
     )

@@ -619,11 +619,21 @@ def test_torchaudio_subclass_copies_and_pickles(layer_norm, monkeypatch):
             assert all(map(torch.equal, flat(copied(x, None)), flat(twin(x, None))))
 
 
-def test_torchaudio_with_another_epsilon_is_left_alone():
-    model = Predictor(layer_norm=True, layer_norm_epsilon=1e-3)
+def test_torchaudio_with_another_epsilon():
+    model = Predictor(layer_norm=True, layer_norm_epsilon=1e-3).double()
+    twin = assert_converts(model.lstm_layers[0], data(5, 2, 4), None)
+    assert is_fused(twin) and twin.g_norm.eps == 1e-3
+
+
+def test_torchaudio_with_two_epsilons_is_left_alone():
+    model = Predictor(layer_norm=True)
+    for layer in model.lstm_layers:
+        layer.c_norm.eps = 1e-3
     before = list(model.modules())
-    with pytest.warns(UserWarning, match="convert leaves lstm_layers.[012] as it is: expected .*"
-                                         "eps=1e-05, got 0.001 and 0.001") as caught:  # fmt: skip
+    message = (
+        "convert leaves lstm_layers.[012] as it is: expected .* equal eps, got 1e-05 and 0.001"
+    )
+    with pytest.warns(UserWarning, match=message) as caught:
         assert convert(model) is model
     assert len(caught) == 3 and "lstm_layers.2" in str(caught[2].message)
     assert caught[0].filename == __file__

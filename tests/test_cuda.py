@@ -11,12 +11,14 @@ from helpers import (
     assert_equal,
     by_reference,
     double,
+    dyadic,
     pair,
     run,
     states,
 )
 
 import fused_rnn
+from fused_rnn import autograd, ops
 
 pytestmark = pytest.mark.cuda
 
@@ -58,6 +60,55 @@ def test_small_projection_equals_cpu(unpoisoned):
     on_gpu = run(layer.cuda(), x.cuda(), lengths=lengths.cuda())
     for name, value in on_cpu.items():
         torch.testing.assert_close(on_gpu[name].cpu(), value, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"layer_norm": 1},
+        {"layer_norm": 2},
+        {"zoneout_h": 0.3},
+        {"zoneout_c": 0.4},
+        {"recurrent_dropout": 0.3},
+        {"layer_norm": 1, "zoneout_h": 0.3, "recurrent_dropout": 0.3},
+    ],
+    ids=lambda options: "-".join(options),
+)
+@pytest.mark.parametrize("cell", ops.CELLS)
+def test_small_options_equal_cpu(cell, options, unpoisoned):
+    """Two directions in float64, the same masks on both devices."""
+    traits, variation = ops.CELLS[cell], ops.Variation(**options)
+    if variation.zoneout_c and not traits.has_c:
+        pytest.skip("no c")
+    T, B, I, H = 6, 3, 5, 17  # noqa: E741
+    rows = traits.gates * H
+    shapes: list[tuple[int, ...]] = [(rows, I), (rows, H), (rows,), (rows,)]
+    shapes += [(traits.unit_weights * H,)] if traits.unit_weights else []
+    for of in traits.norms(variation.layer_norm):
+        shapes += [(H if of == "c" else rows,)] * 2
+    given = [dyadic(T, B, I), *(dyadic(2, B, H) for _ in range(1 + traits.has_c))]
+    given += [dyadic(*shape) / 4 for _ in range(2) for shape in shapes]
+    ragged = (torch.tensor([6, 0, 4]), torch.rand(T, B) < 0.2)
+    found = {}
+    for device in ("cpu", "cuda"):
+        input, *rest = leaves = [t.to(device).requires_grad_() for t in given]
+        states, weights = rest[: 1 + traits.has_c], rest[1 + traits.has_c :]
+        outputs = autograd.run_layer(
+            cell, input, states, weights, True, 2, 2, *(t.to(device) for t in ragged),
+            want_cells=traits.has_c, variation=variation, seed=torch.tensor(11, device=device),
+        )  # fmt: skip
+        grads = torch.autograd.grad(sum(o.square().sum() for o in outputs), leaves)
+        found[device] = [t.cpu() for t in (*outputs, *grads)]
+    for on_gpu, on_cpu in zip(found["cuda"], found["cpu"], strict=True):
+        torch.testing.assert_close(on_gpu, on_cpu, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_small_weight_dropout_equals_cpu(dtype, unpoisoned):
+    weight, seed = torch.randn(3, 7, 130, dtype=torch.float64).to(dtype), torch.tensor(2**61)
+    on_cpu = torch.ops.fused_rnn.dropout(weight, 0.3, seed)
+    on_gpu = torch.ops.fused_rnn.dropout(weight.cuda(), 0.3, seed.cuda())
+    assert torch.equal(on_gpu.cpu(), on_cpu)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -52,12 +52,13 @@ def load(library: Path, patch: pytest.MonkeyPatch) -> ctypes.CDLL:
     return ctypes.CDLL(str(library))
 
 
-def named_op(name: str, cell: str) -> Any:
-    return getattr(torch.ops.fused_rnn_cuda_on_cpu, f"{cell}_{name}").default
+def named_op(name: str, cell: str, varied: bool = False) -> Any:
+    kind = f"{cell}_varied" if varied else cell
+    return getattr(torch.ops.fused_rnn_cuda_on_cpu, f"{kind}_{name}").default
 
 
-def recurrence_op(cell: str, direction: str) -> Any:
-    return named_op(f"recurrence_{direction}", cell)
+def recurrence_op(cell: str, direction: str, variant: str = "plain") -> Any:
+    return named_op(f"recurrence_{direction}", cell, variant in VARIED)
 
 
 def make_case(
@@ -71,11 +72,18 @@ def make_case(
     ragged: bool,
     resets: bool,
     dtype: torch.dtype = torch.float64,
+    variation: ops.Variation | None = None,
+    seed: int | None = None,
 ) -> dict:
     def random(*shape: int) -> Tensor:
         return (torch.randn(shape, dtype=torch.float64) * 0.5).to(dtype).requires_grad_()
 
     P, rows = projection or H, GATES[cell] * H
+    norms = {
+        f"ln_{of}_{kind}": H if of == "c" else rows
+        for of in ops.CELLS[cell].norms((variation or ops.PLAIN).layer_norm)
+        for kind in ("weight", "bias")
+    }
     weights = [
         Weights(
             random(rows, 3),
@@ -84,6 +92,7 @@ def make_case(
             random(rows) if bias else None,
             random(P, H) if projection else None,
             random(ops.CELLS[cell].unit_weights * H) if ops.CELLS[cell].unit_weights else None,
+            **{name: random(n) for name, n in norms.items()},
         )
         for _ in range(directions)
     ]
@@ -95,6 +104,8 @@ def make_case(
         "weights": weights,
         "lengths": torch.randint(0, T + 1, (B,)) if ragged else None,
         "resets": torch.rand(T, B) < 0.3 if resets else None,
+        "variation": variation,
+        "seed": None if seed is None else torch.tensor(seed),
     }
 
 
@@ -114,8 +125,15 @@ def results(case: dict, run) -> list[Tensor]:
     return [*outputs, *torch.autograd.grad(loss, leaves(case))]
 
 
-def run_reference(**case) -> tuple:
-    output, *final = reference.layer(**case)
+def run_reference(variation: ops.Variation | None, seed: Tensor | None, **case) -> tuple:
+    _, *zoneout, recurrent_dropout, eps = variation or ops.PLAIN
+    x, weight_hh = case["input"], case["weights"][0].weight_hh
+    case["factors"] = reference.layer_factors(
+        (*x.shape[:2], len(case["weights"])),
+        (weight_hh.shape[1], weight_hh.shape[0] // GATES[case["cell"]]),
+        (zoneout[0], zoneout[1]), recurrent_dropout, seed, x,
+    )  # fmt: skip
+    output, *final = reference.layer(**case, eps=eps)
     return output.flatten(2), *(final if case["cx"] is not None else final[:1])
 
 
@@ -136,6 +154,39 @@ def run_per_step(**case) -> tuple:
 SHAPES = [(1, 1, 1), (4, 3, 5), (3, 2, 130)]
 
 
+# Each alone, and then every two of them; with a seed, and without: zoneout's expectation.
+OPTIONS: list[dict[str, Any]] = [
+    {"layer_norm": 1}, {"layer_norm": 2}, {"zoneout_h": 0.3}, {"zoneout_c": 0.4},
+    {"recurrent_dropout": 0.3},
+]  # fmt: skip
+SEEDS = {1: 7, 2: 2**62 - 1}
+
+
+def variations(cell: str, count: int) -> list[tuple[ops.Variation, int | None]]:
+    """Of ``count`` options, with a seed and without where they leave that possible."""
+    chosen = [
+        {key: value for option in options for key, value in option.items()}
+        for options in itertools.combinations(OPTIONS, count)
+        if sum("layer_norm" in option for option in options) < 2
+    ]
+    return [
+        (ops.Variation(**options), seed)
+        for options in chosen
+        if ops.CELLS[cell].has_c or "zoneout_c" not in options
+        if not (ops.CELLS[cell].late_gate and "layer_norm" in options)
+        for seed in (SEEDS[count], None)
+        if (seed is None or set(options) != {"layer_norm"})
+        and (seed is not None or "recurrent_dropout" not in options)
+    ]
+
+
+def everything(cell: str, layer_norm: int) -> ops.Variation:
+    """All options at once, but for a normalisation where a late gate leaves none."""
+    traits = ops.CELLS[cell]
+    norm = 0 if traits.late_gate else layer_norm
+    return ops.Variation(norm, 0.3, 0.4 if traits.has_c else 0.0, 0.25, layer_norm_eps=0.05)
+
+
 def configurations(cell: str, shapes: list[tuple[int, int, int]]) -> list[tuple]:
     return [
         (cell, *shape, directions, projection, bias, ragged, resets)
@@ -152,13 +203,41 @@ def test_float64_equals_reference(cell):
     compare_with_reference(cell, SHAPES)
 
 
-def compare_with_reference(cell: str, shapes: list[tuple[int, int, int]]) -> None:
+@pytest.mark.parametrize("cell", GATES)
+def test_varied_float64_equals_reference(cell):
+    for variation in variations(cell, 1):
+        compare_with_reference(cell, SHAPES, *variation)
+    for variation in variations(cell, 2):
+        compare_with_reference(cell, SHAPES[1:2], *variation)
+    for layer_norm in (1, 2):
+        compare_with_reference(cell, SHAPES[1:2], everything(cell, layer_norm), 5)
+
+
+@pytest.mark.parametrize("layer_norm", [1, 2])
+@pytest.mark.parametrize("cell", ["lstm_peephole", "gru"])
+def test_more_units_than_threads(cell, layer_norm):
+    """So many that a thread has several units of the row that its block normalises."""
+    compare(
+        cell, 2, 2, 523, 1, 0, True, False, True, variation=everything(cell, layer_norm), seed=3
+    )
+
+
+def compare_with_reference(
+    cell: str,
+    shapes: list[tuple[int, int, int]],
+    variation: ops.Variation | None = None,
+    seed: int | None = None,
+) -> None:
     for configuration in configurations(cell, shapes):
-        case = make_case(*configuration)
-        ours, exact = results(case, run_per_step), results(case, run_reference)
-        for i, (a, b) in enumerate(zip(ours, exact, strict=True)):
-            what = f"result {i} of {configuration}: "
-            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10, msg=what.__add__)
+        compare(*configuration, variation=variation, seed=seed)
+
+
+def compare(*configuration: Any, **options: Any) -> None:
+    case = make_case(*configuration, **options)
+    ours, exact = results(case, run_per_step), results(case, run_reference)
+    for i, (a, b) in enumerate(zip(ours, exact, strict=True)):
+        what = f"result {i} of {configuration} {options}: "
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10, msg=what.__add__)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -167,6 +246,29 @@ def test_other_dtypes_obey_the_tolerance_rule(cell, dtype):
     """Error against float64 at most twice that of the plain loop in the same dtype."""
     projection = 3 if ops.CELLS[cell].has_c else 0
     case = make_case(cell, 6, 4, 17, 2, projection, True, True, True, dtype)
+    for a, b, e in zip(*by_dtype(case), strict=True):
+        floor = 4 * torch.finfo(dtype).eps * e.abs().max().item()
+        error = (a.double() - e).abs().max().item()
+        assert error <= max(2 * (b.double() - e).abs().max().item(), floor)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("cell", GATES)
+def test_other_dtypes_of_varied_cells_obey_it_over_draws(cell, dtype):
+    everythings = [(everything(cell, layer_norm), 5) for layer_norm in (1, 2)]
+    for variation, seed in (*variations(cell, 1), *everythings):
+        draws: tuple[list[helpers.Named], ...] = ([], [], [])
+        for _ in range(4):
+            case = make_case(cell, 6, 4, 17, 2, 0, True, True, True, dtype, variation, seed)
+            ours, plain, exact = by_dtype(case)
+            plain = [b.to(a.dtype) for a, b in zip(ours, plain, strict=True)]  # cells are wider
+            for named, found in zip(draws, (ours, plain, exact), strict=True):
+                named.append({f"result {i}": t for i, t in enumerate(found)})
+        helpers.assert_close_like_torch(*draws)
+
+
+def by_dtype(case: dict) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """The engine's results, those of the plain loop in the same dtype, and in float64."""
     exact_case = {
         key: value.detach().double().requires_grad_()
         if isinstance(value, Tensor) and value.is_floating_point()
@@ -178,19 +280,17 @@ def test_other_dtypes_obey_the_tolerance_rule(cell, dtype):
         for lane in case["weights"]
     ]
     exact = results(exact_case, run_reference)
-    ours, plain = results(case, run_per_step), results(case, run_reference)
-    for a, b, e in zip(ours, plain, exact, strict=True):
-        floor = 4 * torch.finfo(dtype).eps * e.abs().max().item()
-        error = (a.double() - e).abs().max().item()
-        assert error <= max(2 * (b.double() - e).abs().max().item(), floor)
+    return results(case, run_per_step), results(case, run_reference), exact
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("cell", GATES)
-def test_same_bits_under_any_schedule(per_step, cell, dtype):
+@pytest.mark.parametrize("layer_norm", [None, 0, 1, 2])
+def test_same_bits_under_any_schedule(per_step, cell, layer_norm, dtype):
     """Twenty schedules; among the shapes one of two blocks along the units."""
+    varied = {} if layer_norm is None else {"variation": everything(cell, layer_norm), "seed": 9}
     for H, projection in ((9, 4 if ops.CELLS[cell].has_c else 0), (130, 0)):
-        case = make_case(cell, 3, 3, H, 2, projection, True, True, True, dtype)
+        case = make_case(cell, 3, 3, H, 2, projection, True, True, True, dtype, **varied)
         expected = results(case, run_per_step)
         for seed in range(20):
             per_step.cuda_on_cpu_seed(ctypes.c_uint64(seed))
@@ -198,8 +298,9 @@ def test_same_bits_under_any_schedule(per_step, cell, dtype):
             assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), seed
 
 
-# What stands in per_step.cu, what stands there when {planted}, and what is then said.
+# What stands in per_step.cu or varied.cuh, what stands there when {planted}, and what is then said.
 PER_STEP = native.CSRC / "cuda" / "per_step.cu"
+VARIED_HEADER = native.CSRC / "cuda" / "varied.cuh"
 FAULTS = [
     (
         "if (unit >= p.H) return;\n  const S* bias",
@@ -218,10 +319,12 @@ FAULTS = [
         r"a product reads 'scratch' byte 0, which nothing has written",
     ),
     (
-        "if (t >= row_length(p, b)) continue;\n    const RowStep row = row_step(p, lane, b, t);\n"
-        "    const V d_h",
-        "if (t >= row_length(p, b) + {planted}) continue;\n"
-        "    const RowStep row = row_step(p, lane, b, t);\n    const V d_h",
+        "p.T - 1 - step);\n  if (unit >= p.P) return;\n"
+        "  for (int64_t b = row_index(); b < p.B; b += row_stride()) {\n"
+        "    if (t >= row_length(p, b)) continue;",
+        "p.T - 1 - step);\n  if (unit >= p.P) return;\n"
+        "  for (int64_t b = row_index(); b < p.B; b += row_stride()) {\n"
+        "    if (t >= row_length(p, b) + {planted}) continue;",
         r"out of bounds: .*\n  by thread \d+ .* in backward_kernel",
     ),
     (
@@ -239,12 +342,27 @@ FAULTS = [
         "if (!{planted}) Memory<V>::store(d_gate, at(state.d_gates",
         r"result \d+ of \('gru_reset_before', .*not close",
     ),
+    *(
+        (
+            f"sync_threads();  // {comment}",
+            f"if (!{{planted}}) sync_threads();  // {comment}",
+            r"_row_kernel: (race on|read of) 'of_warps of block",
+        )
+        for comment in ("the sums before these have been read", "all warps have written theirs")
+    ),
+    (
+        "if (p.keep) product = product * *keep_at<V>(p, lane, b, unit);",
+        "if (p.keep) product = product * *keep_at<V>(p, lane, ({planted} ? 0 : b), unit);",
+        r"result \d+ of \('lstm', .*recurrent_dropout=0.25.*not close",
+    ),
 ]
 
 
 def test_planted_faults_are_found():
     """In a process of its own: the ops of a changed engine bear the same names."""
     source = PER_STEP.read_text()
+    header = VARIED_HEADER.read_text().replace("#pragma once\n", "")
+    source = source.replace('#include "varied.cuh"\n', header)
     for number, (old, new, _) in enumerate(FAULTS, 1):
         assert source.count(old) == 1, old
         source = source.replace(old, new.replace("{planted}", f"(planted == {number})"))
@@ -263,12 +381,14 @@ def test_planted_faults_are_found():
 def print_faults(library: str) -> None:
     """What each fault does to the lstm and to a late gate, and what happens without any."""
     engines = load(Path(library), pytest.MonkeyPatch())
+    varied = everything("lstm", 1)
     messages = []
     for number in (*range(1, len(FAULTS) + 1), 0):
         engines.plant(number)
         try:
             for cell in ("lstm", "gru_reset_before"):
                 compare_with_reference(cell, SHAPES[1:2])
+            compare("lstm", 3, 2, 40, 1, 0, True, False, False, variation=varied, seed=5)
             messages.append(None)
         except (RuntimeError, AssertionError) as error:
             messages.append(str(error))
@@ -312,31 +432,53 @@ def test_the_per_step_engine_really_ran(monkeypatch):
 # The recurrence ops themselves
 
 VARIANTS = ("plain", "two_lanes", "two_directions", "ragged", "bare", "projected")
-CASES = [(c, v) for c in ops.CELLS for v in VARIANTS if v != "projected" or ops.CELLS[c].has_c]
+VARIED = {"varied": 0, "separate": 1, "joint": 2}  # with every option and this layer_norm
+CASES = [
+    (c, v)
+    for c in ops.CELLS
+    for v in (*VARIANTS, *VARIED)
+    if v != "projected" or ops.CELLS[c].has_c
+]
 RESULTS = ("output", "h_n", "c_n", "reserve", "cells", "unprojected")
 
 
 def forward_arguments(cell: str, variant: str = "plain", T: int = 4) -> dict[str, Any]:
     """Arguments of ``{cell}_recurrence_forward`` by name."""
     traits = ops.CELLS[cell]
-    L = 2 if variant in ("two_lanes", "two_directions", "projected") else 1
+    projected = variant == "projected" or (variant in VARIED and traits.has_c)
+    both = projected or variant == "two_directions"
+    L = 2 if both or variant == "two_lanes" else 1
     B, H = 3, 5
-    P = 2 if variant == "projected" else H
+    P = 2 if projected else H
     rows = traits.gates * H
-    bare, ragged = variant == "bare", variant in ("ragged", "projected")
+    bare, ragged = variant == "bare", projected or variant == "ragged" or variant in VARIED
+    varied = {}
+    if variant in VARIED:
+        variation = everything(cell, VARIED[variant])
+        varied = {
+            "norms": [
+                torch.randn(L, H if of == "c" else rows)
+                for of in traits.norms(variation.layer_norm)
+                for _ in range(2)
+            ],
+            "bias_ih": torch.randn(L, rows) if variation.layer_norm == 1 else None,
+            **variation._asdict(),
+            "seed": torch.tensor(3),
+        }
     return {
         "input_gates": torch.randn(T, B, L, rows),
         "hx": None if bare else torch.randn(L, B, P),
         "cx": None if bare or not traits.has_c else torch.randn(L, B, H),
         "weight_hh": torch.randn(L, rows, P),
         "bias_hh": None if bare else torch.randn(L, rows),
-        "weight_hr": torch.randn(L, P, H) if variant == "projected" else None,
+        "weight_hr": torch.randn(L, P, H) if projected else None,
         "weight_ch": torch.randn(L, traits.unit_weights * H) if traits.unit_weights else None,
         "lengths": torch.arange(B) % (T + 1) if ragged else None,
         "resets": torch.rand(T, B) < 0.3 if ragged else None,
-        "directions": 2 if variant in ("two_directions", "projected") else 1,
+        "directions": 2 if both else 1,
         "save_reserve": not bare,
-        "save_cells": variant == "projected",
+        "save_cells": projected,
+        **varied,
     }
 
 
@@ -344,19 +486,26 @@ def backward_arguments(cell: str, variant: str = "plain", T: int = 4) -> dict[st
     """Arguments of ``{cell}_recurrence_backward`` by name, after a forward that saved."""
     traits = ops.CELLS[cell]
     given = forward_arguments(cell, variant, T) | {"save_reserve": True}
-    output, h_n, c_n, reserve, cells, _ = recurrence_op(cell, "forward")(**given)
+    output, h_n, c_n, reserve, cells, _, *statistics = recurrence_op(cell, "forward", variant)(
+        **given
+    )
     bare = variant == "bare"
+    varied = {}
+    if variant in VARIED:
+        varied = {k: given[k] for k in ("norms", *ops.Variation._fields, "seed")}
+        varied["statistics"] = statistics[0] if given["layer_norm"] else None
     return {
         "grad_output": torch.randn_like(output),
         "grad_h_n": None if bare else torch.randn_like(h_n),
         "grad_c_n": None if bare or not traits.has_c else torch.randn_like(c_n),
-        "grad_cells": torch.randn_like(cells) if variant == "projected" else None,
+        "grad_cells": torch.randn_like(cells[..., :5]) if given["save_cells"] else None,
         "output": output,
         "reserve": reserve,
         "cells": cells,
         **{k: given[k] for k in ("hx", "cx", "weight_hh", "weight_hr", "weight_ch")},
         **{k: given[k] for k in ("lengths", "resets")},
         "directions": given["directions"],
+        **varied,
     }
 
 
@@ -368,7 +517,8 @@ ARGUMENTS = {"forward": forward_arguments, "backward": backward_arguments}
 def test_recurrence_obeys_its_schema(cell, variant, direction):
     """Its results alias nothing and its arguments stay as they are."""
     given = ARGUMENTS[direction](cell, variant)
-    torch.library.opcheck(recurrence_op(cell, direction), (), given, test_utils="test_schema")
+    op = recurrence_op(cell, direction, variant)
+    torch.library.opcheck(op, (), given, test_utils="test_schema")
 
 
 @pytest.mark.parametrize("direction", ARGUMENTS)
@@ -377,11 +527,13 @@ def test_recurrence_of_strided_arguments(cell, variant, direction):
     """Same values, other places in memory: the results are bitwise the same."""
 
     def elsewhere(value: Any) -> Any:
+        if isinstance(value, list):
+            return [elsewhere(each) for each in value]
         if not isinstance(value, Tensor) or value.dim() < 2:
             return value
         return value.movedim(-1, 0).contiguous().movedim(0, -1)
 
-    op, given = recurrence_op(cell, direction), ARGUMENTS[direction](cell, variant)
+    op, given = recurrence_op(cell, direction, variant), ARGUMENTS[direction](cell, variant)
     expected, found = op(**given), op(**{k: elsewhere(v) for k, v in given.items()})
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(a, b)
@@ -389,30 +541,38 @@ def test_recurrence_of_strided_arguments(cell, variant, direction):
 
 @pytest.mark.parametrize("save_cells", [False, True])
 @pytest.mark.parametrize("save_reserve", [False, True])
+@pytest.mark.parametrize("variant", ["plain", *VARIED])
 @pytest.mark.parametrize("cell", GATES)
-def test_what_a_recurrence_saves(cell, save_reserve, save_cells):
-    given = forward_arguments(cell)
-    op = recurrence_op(cell, "forward")
+def test_what_a_recurrence_saves(cell, variant, save_reserve, save_cells):
+    given = forward_arguments(cell, variant)
+    op = recurrence_op(cell, "forward", variant)
     expected = op(**given)
     given |= {"save_reserve": save_reserve, "save_cells": save_cells}
-    found = dict(zip(RESULTS, op(**given), strict=True))
-    traits = ops.CELLS[cell]
-    assert found["reserve"].numel() == (4 * 3 * 5 * traits.saved if save_reserve else 0)
-    assert found["cells"].numel() == (
-        4 * 3 * 5 if traits.has_c and (save_reserve or save_cells) else 0
-    )
-    for a, b in zip(list(found.values())[:3], expected[:3], strict=True):
+    *of_both, _ = found = [*op(**given), None][: 7 + (variant in VARIED)]
+    named = dict(zip(RESULTS, of_both, strict=False))
+    traits, layer_norm = ops.CELLS[cell], given.get("layer_norm")
+    values = 4 * 3 * given["hx"].shape[0] * 5
+    reserve = values * traits.saved_values(layer_norm) if save_reserve else 0
+    cells = values * (2 if save_reserve and variant in VARIED else 1)
+    assert named["reserve"].numel() == reserve
+    assert named["cells"].numel() == (cells if traits.has_c and (save_reserve or save_cells) else 0)
+    if layer_norm is not None:
+        norms = len(traits.norms(layer_norm))
+        assert found[6].numel() == (values // 5 * norms if save_reserve else 0)
+    for a, b in zip(found[:3], expected[:3], strict=True):
         assert torch.equal(a, b)
+    if traits.has_c and save_cells:
+        assert torch.equal(named["cells"][..., :5], expected[4][..., :5])
 
 
 @pytest.mark.parametrize("cell, variant", CASES)
 def test_recurrence_without_timesteps(cell, variant):
     """The states, and their gradients, pass straight through; absent ones are zeros."""
     given = forward_arguments(cell, variant, T=0)
-    output, h_n, c_n, *_ = recurrence_op(cell, "forward")(**given)
+    output, h_n, c_n, *_ = recurrence_op(cell, "forward", variant)(**given)
     assert output.numel() == 0
     backward = backward_arguments(cell, variant, T=0)
-    _, _, d_hx, d_cx, *_ = recurrence_op(cell, "backward")(**backward)
+    _, _, d_hx, d_cx, *_ = recurrence_op(cell, "backward", variant)(**backward)
     pairs = [(h_n, given["hx"]), (d_hx, backward["grad_h_n"])]
     if ops.CELLS[cell].has_c:
         pairs += [(c_n, given["cx"]), (d_cx, backward["grad_c_n"])]
@@ -423,7 +583,8 @@ def test_recurrence_without_timesteps(cell, variant):
 def wrong_arguments(arguments: dict[str, Any]) -> list[tuple[str, Any]]:
     """For every tensor argument, what must not be accepted."""
     found: list[tuple[str, Any]] = []
-    for name, value in arguments.items():
+    given = [(name, value) for name, value in arguments.items() if name not in ("norms", "seed")]
+    for name, value in given:
         if not isinstance(value, Tensor) or value.numel() == 0:
             continue
         found.append((name, value[..., :-1]))
@@ -434,19 +595,37 @@ def wrong_arguments(arguments: dict[str, Any]) -> list[tuple[str, Any]]:
     T = 4
     found += [("lengths", torch.full((3,), T + 1)), ("lengths", torch.tensor([0, -1, 2]))]
     found += [("directions", 0), ("directions", 3)]
+    if "norms" in arguments:
+        found += varied_wrong_arguments(arguments)
+    return found
+
+
+def varied_wrong_arguments(arguments: dict[str, Any]) -> list[tuple[str, Any]]:
+    norms = arguments["norms"]
+    found: list[tuple[str, Any]] = [("norms", [*norms, torch.zeros(1)])]
+    if norms:
+        found.append(("norms", norms[1:]))
+        for wrong in (norms[0][:, 1:], norms[0].half()):
+            found += [("norms", [wrong, *norms[1:]]), ("norms", [*norms[:-1], wrong])]
+    else:  # a late gate
+        found.append(("layer_norm", 1))
+    found += [("layer_norm", -1), ("layer_norm", 3), ("seed", torch.zeros(1, dtype=torch.int64))]
+    found += [("seed", torch.tensor(0.0)), ("recurrent_dropout", 1.0), ("recurrent_dropout", -0.1)]
+    found += [("zoneout_h", 1.0), ("zoneout_c", 1.0)]
     return found
 
 
 @pytest.mark.parametrize("direction", ARGUMENTS)
+@pytest.mark.parametrize("varied", [False, True])
 @pytest.mark.parametrize("cell", GATES)
-def test_errors_of_a_recurrence_name_the_argument(cell, direction):
-    has_c = ops.CELLS[cell].has_c
-    given = ARGUMENTS[direction](cell, "projected" if has_c else "ragged")
+def test_errors_of_a_recurrence_name_the_argument(cell, varied, direction):
+    variant = "separate" if varied else "projected" if ops.CELLS[cell].has_c else "ragged"
+    given = ARGUMENTS[direction](cell, variant)
     silent = []
     for name, wrong in wrong_arguments(given):
         what = f"{name}={getattr(wrong, 'shape', wrong)} {getattr(wrong, 'dtype', '')}"
         try:
-            recurrence_op(cell, direction)(**(given | {name: wrong}))
+            recurrence_op(cell, direction, variant)(**(given | {name: wrong}))
             silent.append(f"{what}: accepted")
         except RuntimeError as error:
             # Where a size is shared, the other one that does not fit may be named as well as ours.
@@ -474,20 +653,26 @@ def test_arguments_a_recurrence_does_not_have_are_refused(cell, name):
 
 
 @pytest.mark.parametrize("lanes", [1, 2])
+@pytest.mark.parametrize("layer_norm", [None, 0, 1, 2])
 @pytest.mark.parametrize("cell", GATES)
-def test_composed_layer_obeys_its_schema(cell, lanes):
+def test_composed_layer_obeys_its_schema(cell, layer_norm, lanes):
     """Its results alias neither each other nor its arguments, which stay as they are."""
-    has_c = ops.CELLS[cell].has_c
-    given = make_case(cell, 4, 3, 5, lanes, 2 if has_c else 0, True, False, False)
+    has_c, varied = ops.CELLS[cell].has_c, layer_norm is not None
+    variation = everything(cell, layer_norm) if varied else None
+    given = make_case(
+        cell, 4, 3, 5, lanes, 2 if has_c else 0, True, False, False, variation=variation, seed=4
+    )
+    last = (*variation, given["seed"]) if varied else ()
     weights = [t.detach() for lane in given["weights"] for t in lane if t is not None]
     states = [s.detach() for s in (given["hx"], given["cx"]) if s is not None]
     common = (given["input"].detach(), states, weights, True, None, None, None, lanes, lanes)
-    forward = (*common, True, has_c)
-    output, *rest = ops.forward_op(cell)(*forward)
+    forward = (*common, True, has_c, *last)
+    output, *rest = ops.forward_op(cell, varied)(*forward)
     grads = (torch.ones_like(output), None, None, None)
     saved = rest[1 + 2 * has_c :]
-    backward = (*grads, *common, output, saved, True, True, True)
-    for op, args in ((ops.forward_op(cell), forward), (ops.backward_op(cell), backward)):
+    backward = (*grads, *common, output, saved, True, True, True, *last)
+    of_cell = ((ops.forward_op, forward), (ops.backward_op, backward))
+    for op, args in ((op_of(cell, varied), args) for op_of, args in of_cell):
         torch.library.opcheck(op, args, test_utils="test_schema")
         results = op(*args)
         assert len({t.untyped_storage().data_ptr() for t in results}) == len(results)
@@ -504,3 +689,17 @@ def test_composed_layer_refuses_packed_sequences(cell):
     with pytest.raises(RuntimeError, match="batch_sizes"):
         grads = (output, None, None, None)
         ops.backward_op(cell)(*grads, input, *common, output, [], True, False, True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(5,), (3, 70), (2, 3, 200), (0, 4), (4, 0)])
+def test_dropout_is_the_cpu_engines(shape, dtype):
+    input = torch.randn(shape, dtype=torch.float64).to(dtype)
+    for p, seed in ((0.0, 1), (0.3, 2), (0.9, 2**62 - 1)):
+        for given in (input, input.movedim(0, -1)):
+            found, expected = (
+                namespace.dropout(given, p, torch.tensor(seed))
+                for namespace in (torch.ops.fused_rnn_cuda_on_cpu, torch.ops.fused_rnn)
+            )
+            assert torch.equal(found, expected)
+            assert torch.equal(found.signbit(), expected.signbit())

@@ -92,6 +92,10 @@ def test_a_report_is_read():
         ("_ZN9fused_rnn4cuda14project_kernelIfEEvT_", "project_kernel<fp32>"),
         ("_ZN9fused_rnn4cuda12total_kernelEPKfPf", "total_kernel"),
         (
+            "_ZN9fused_rnn4cuda13finish_kernelINS_6VariedINS_8LstmCellILb0ELb1EEEEEdEEvT0_",
+            "finish_kernel<lstm_p+, fp64>",
+        ),
+        (
             "_ZN9fused_rnn4cuda12_GLOBAL__N_112steps_kernelILNS1_8ExchangeE2ENS_9NewCell_tEEEvPKf",
             "steps_kernel<Exchange 2, NewCell_t>",
         ),

@@ -22,13 +22,13 @@ VARIANTS = (
     "plain", "two_lanes", "two_directions", "ragged", "bare", "projected", "packed",
     "packed_projected", "separate", "joint", "drawn", "packed_drawn_projected", "expected",
 )  # fmt: skip
-# layer_norm, zoneout_h, zoneout_c, recurrent_dropout of the varied ops.
+# The ops.Variation of the varied ops.
 VARIATIONS = {
-    "separate": (1, 0.0, 0.0, 0.0),
-    "joint": (2, 0.2, 0.0, 0.3),
-    "drawn": (0, 0.3, 0.2, 0.4),
-    "packed_drawn_projected": (1, 0.3, 0.2, 0.4),
-    "expected": (0, 0.3, 0.2, 0.0),
+    "separate": (1, 0.0, 0.0, 0.0, 1e-3),
+    "joint": (2, 0.2, 0.0, 0.3, 1e-5),
+    "drawn": (0, 0.3, 0.2, 0.4, 1e-5),
+    "packed_drawn_projected": (1, 0.3, 0.2, 0.4, 1e-5),
+    "expected": (0, 0.3, 0.2, 0.0, 1e-5),
 }
 
 Arguments = dict[str, Any]
@@ -47,7 +47,7 @@ def forward_arguments(
 ) -> Arguments:
     """Arguments of ``{cell}_forward`` by name, or, for VARIATIONS, of ``{cell}_varied_forward``."""
     traits = ops.CELLS[cell]
-    variation = VARIATIONS.get(variant, (0, 0.0, 0.0, 0.0))
+    variation = VARIATIONS.get(variant, ops.PLAIN)
     packed, projected = variant.startswith("packed"), variant.endswith("projected")
     if variant in ("two_lanes", "two_directions") or packed or projected:
         L = 2
@@ -367,6 +367,9 @@ def wrong_arguments(cell: str, arguments: Arguments) -> list[tuple[str, str, Any
             found += [(rate, rate, wrong) for wrong in (-0.1, 1.0, math.nan)]
     if "layer_norm" in arguments:
         found += [("layer_norm", "layer_norm", wrong) for wrong in (-1, 3)]
+        found += [("layer_norm_eps", "layer_norm_eps", wrong) for wrong in (-1e-5, math.nan)]
+        if ops.CELLS[cell].late_gate:
+            found += [("layer_norm", "layer_norm", 1)]
         if arguments["recurrent_dropout"] > 0:
             found += [("recurrent_dropout", "seed", None)]
         if not ops.CELLS[cell].has_c:

@@ -47,6 +47,8 @@ VARIANTS: list[Variant] = [
     *((name, options) for name in ("RNN", "LSTM", "GRU") for options in EVERYWHERE),
     *(("LSTM", options) for options in OF_LSTM),
     ("LSTM", {"zoneout": (0.0, 0.3)}),
+    ("LSTM", {"layer_norm": "joint", "layer_norm_eps": 0.1}),
+    ("GRU", {"layer_norm": "separate", "layer_norm_eps": 0.1}),
     ("RNN", {"num_heads": 2, "nonlinearity": "relu"}),
     ("RNN", {"layer_norm": True, "nonlinearity": "relu"}),
     ("RNN", {"zoneout": 0.3, "nonlinearity": "relu"}),
@@ -252,7 +254,9 @@ def test_parameters(name, options):
         }
         if options.get("peephole"):
             expected["weight_ch" + end] = ((gates - 1) * H,)
-        norms = {True: ["ih", "hh"], "joint": ["g"]}.get(options.get("layer_norm"), [])
+        both = ["ih", "hh"]
+        kinds = {True: both, "separate": both, "joint": ["g"]}
+        norms = kinds.get(options.get("layer_norm"), [])
         for of in [*norms, "c"] if norms and name == "LSTM" else norms:
             rows = H if of == "c" else gates * H
             expected |= {f"ln_{of}_weight{end}": (rows,), f"ln_{of}_bias{end}": (rows,)}
@@ -496,6 +500,11 @@ def test_rates_outside_are_refused(name, option):
 
 @EVERY_CLASS
 def test_norms_that_do_not_exist_are_refused(name):
+    for value in (-1e-5, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="layer_norm_eps should be finite"):
+            make(name, layer_norm=True, layer_norm_eps=value)
+    with pytest.raises(TypeError, match="layer_norm_eps should be a number, got: str"):
+        make(name, layer_norm=True, layer_norm_eps="1e-5")
     with pytest.raises(ValueError, match="'separate' or 'joint', got 'batch'"):
         make(name, layer_norm="batch")
     for value in (None, 1, 0.0):

@@ -78,7 +78,7 @@ class Backward {
         h_width(round_up(p.P, V::size)),
         c_width(round_up(p.H, V::size)),
         norm(is_varied<Cell> ? p.variation.layer_norm : LayerNorm::none),
-        own(norm, Cell::gates, Cell::unit_weights, Cell::has_c),
+        own(unit_weight_places<Cell>(p)),
         split_gates(norm == LayerNorm::none ? Cell::split_gates : norm == LayerNorm::separate),
         packed(p.T * p.B > 1),
         hidden_panels({p.P, early_rows, 0, 1, p.P}, p.T > 1 || p.d_hx),
@@ -409,8 +409,7 @@ class Backward {
     if constexpr (is_varied<Cell>)
       if (norm != LayerNorm::none) fetch_saved(row, unit);
     if constexpr (is_varied<Cell> && Cell::has_c)
-      if (norm != LayerNorm::none)
-        return hidden_half(row, i, unit, n, d_h, weight_ch, d_weight_ch, factors);
+      if (norm != LayerNorm::none) return hidden_half(row, i, unit, n, d_h, factors);
     V d_input_gates[Cell::gates], d_hidden_gates[Cell::gates];
     backward_units<Cell, S>(p, row, unit, n, d_h, weight_ch, h_row(row.lane, i) + unit,
                             Cell::has_c ? c_row(row.lane, i) + unit : nullptr, d_input_gates,
@@ -473,8 +472,7 @@ class Backward {
   // ---- through normalisations
 
   C statistic(const RowStep& row, int which) const {
-    return static_cast<const C*>(
-        p.statistics)[((row.t * p.L + row.lane) * p.B + row.b) * 3 + which];
+    return statistics_at<Cell, const C>(p, p.statistics, row)[which];
   }
   // Of c: the gradients of gate o, of c~ by itself, and of the normalised c.
   C* passing_c_row(int which, int64_t lane, int64_t i) const {
@@ -484,25 +482,19 @@ class Backward {
   C* passing_gates_row(int which, int64_t lane, int64_t i) const {
     return passing_gates + ((which * p.L + lane) * p.B + i) * Cell::gates * c_width;
   }
-  HOST_DEVICE V weight_of(const NormWeights<const void*>& of, int64_t at, int64_t n) const {
-    return Memory<V>::load(static_cast<const S*>(of.weight) + at, n);
+  // What the halves of step.h add to the gradients of a unit's own weights.
+  auto adder(const RowStep& row, int64_t unit) {
+    return [this, &row, unit](int64_t k, V value) { add_unit(row, k, unit, value); };
   }
 
   HOST_DEVICE void hidden_half(const RowStep& row, int64_t i, int64_t unit, int64_t n, V d_h,
-                               const void* weight_ch, V* d_weight_ch, const Factors<V>& factors) {
-    const auto& ln_of_c = p.weights[row.lane].ln_c;
-    const V normal = saved_value<S, V>(p, row, unit, n, saved_values<Cell>(p).c);
-    V d_c, d_gate_o, d_inside;
-    backward_h_units<Cell, S>(p, row, unit, n, d_h, weight_ch, affine<S>(normal, ln_of_c, unit, n),
-                              c_row(row.lane, i) + unit, d_c, d_gate_o, d_inside, d_weight_ch,
-                              factors);
-    if constexpr (Cell::unit_weights > 0)
-      add_unit(row, Cell::unit_weights - 1, unit, d_weight_ch[Cell::unit_weights - 1]);
-    add_unit(row, own.ln_c, unit, d_inside * normal);
-    add_unit(row, own.ln_c + 1, unit, d_inside);
+                               const Factors<V>& factors) {
+    V d_gate_o, d_c, d_normal;
+    backward_h_units<Cell, S>(p, row, unit, n, d_h, p.weights[row.lane], c_row(row.lane, i) + unit,
+                              d_gate_o, d_c, d_normal, factors, adder(row, unit));
     d_gate_o.store(passing_c_row(0, row.lane, i) + unit);
     d_c.store(passing_c_row(1, row.lane, i) + unit);
-    d_inside.store(passing_c_row(2, row.lane, i) + unit);
+    d_normal.store(passing_c_row(2, row.lane, i) + unit);
   }
 
   // What later phases of the step will read of these units comes from afar while this one runs.
@@ -524,21 +516,18 @@ class Backward {
     const Share units = share_of_units(part);
     for (int64_t i = order.begin(part.block); i < order.active_end(part.block, t); ++i) {
       const RowStep row = row_step(p, lane, order.row(i), t);
-      const C* d_inside = passing_c_row(2, lane, i);
+      const C* d_normal = passing_c_row(2, lane, i);
       const auto normal = reserve_row<const S>(p, row, saved_values<Cell>(p).c);
-      const auto& ln_of_c = p.weights[lane].ln_c;
       const NormGradient<C> through = norm_gradient<S>(
-          p.H, 1, statistic(row, 2), normal, whole_row(d_inside, c_width), ln_of_c.weight);
+          p.H, 1, statistic(row, norm_of_c(norm)), normal, whole_row(d_normal, c_width), nullptr);
       for (int64_t unit = units.begin; unit < units.end; unit += V::size) {
         const int64_t n = p.H - unit;
-        V d_gates[Cell::gates], d_weight_ch[Cell::unit_weights > 0 ? Cell::unit_weights : 1];
+        V d_gates[Cell::gates];
         d_gates[Cell::O] = V::load(passing_c_row(0, lane, i) + unit);
         const V d_c = V::load(passing_c_row(1, lane, i) + unit) +
-                      through.at(V::load(d_inside + unit) * weight_of(ln_of_c, unit, n),
-                                 Memory<V>::load(normal.at(unit, 0), n));
-        backward_c_units<Cell, S>(p, row, unit, n, d_c, p.weights[lane].weight_ch,
-                                  c_row(lane, i) + unit, d_gates, d_weight_ch);
-        for (int k = 0; k < Cell::unit_weights - 1; ++k) add_unit(row, k, unit, d_weight_ch[k]);
+                      through.at(V::load(d_normal + unit), Memory<V>::load(normal.at(unit, 0), n));
+        backward_c_units<Cell, S>(p, row, unit, n, d_c, p.weights[lane], c_row(lane, i) + unit,
+                                  d_gates, adder(row, unit));
         pass_gates(row, i, unit, d_gates, d_gates);
       }
     }

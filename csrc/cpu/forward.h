@@ -413,13 +413,15 @@ class Forward {
                                        chunks.capacity * row_size);
       const auto hiddens =
           gates_of_row(hidden_of_panel(part, 0) + (i - begin) * row_size, hidden_stride());
-      const Moments<C> of_input = moments<C>(p.H, gates, inputs, joint ? hiddens : none);
+      const Moments<C> of_input =
+          moments<C>(p.H, gates, p.variation.layer_norm_eps, inputs, joint ? hiddens : none);
       normalise_row<S>(of_input, p.H, gates, units, inputs, joint ? hiddens : none, w.ln_input,
                        joint ? nullptr : w.bias_ih, reserve_row<S>(p, row, places.input),
                        joint ? seen_hidden : seen_input);
       if (part.member == 0) store_statistic(row, 0, of_input);
       if (!joint) {
-        const Moments<C> of_hidden = moments<C>(p.H, gates, hiddens, none);
+        const Moments<C> of_hidden =
+            moments<C>(p.H, gates, p.variation.layer_norm_eps, hiddens, none);
         normalise_row<S>(of_hidden, p.H, gates, units, hiddens, none, w.ln_hidden, w.bias_hh,
                          reserve_row<S>(p, row, places.hidden), seen_hidden);
         if (part.member == 0) store_statistic(row, 1, of_hidden);
@@ -452,23 +454,19 @@ class Forward {
     for (int64_t i = order.begin(part.block); i < order.active_end(part.block, t); ++i) {
       const RowStep row = row_step(p, lane, order.row(i), t);
       const C* cells = new_c_row(0, lane, i);
-      const Moments<C> of_c = moments<C>(p.H, 1, whole_row(cells, c_width), {});
-      if (part.member == 0) store_statistic(row, 2, of_c);
+      const Moments<C> of_c =
+          moments<C>(p.H, 1, p.variation.layer_norm_eps, whole_row(cells, c_width), {});
+      if (part.member == 0) store_statistic(row, norm_of_c(norm), of_c);
       for (int64_t unit = units.begin; unit < units.end && unit < p.H; unit += V::size) {
-        const int64_t n = p.H - unit;
-        const V c = V::load(cells + unit), normal = of_c.normalise(c);
-        forward_h_units<Cell, S>(p, row, unit, n, c, normal, affine<S>(normal, w.ln_c, unit, n),
-                                 V::load(new_c_row(1, lane, i) + unit), w.weight_ch,
-                                 c_row(lane, i) + unit, next_row(step, lane, i) + unit,
-                                 factors_of(part, row, i, unit));
+        forward_h_units<Cell, S>(p, row, unit, p.H - unit, of_c, V::load(cells + unit),
+                                 V::load(new_c_row(1, lane, i) + unit), w, c_row(lane, i) + unit,
+                                 next_row(step, lane, i) + unit, factors_of(part, row, i, unit));
       }
     }
   }
 
   void store_statistic(const RowStep& row, int which, const Moments<C>& of) const {
-    if (p.statistics)
-      static_cast<C*>(p.statistics)[((row.t * p.L + row.lane) * p.B + row.b) * 3 + which] =
-          of.scale;
+    if (p.statistics) statistics_at<Cell, C>(p, p.statistics, row)[which] = of.scale;
   }
 
   void projection_phase(const Part& part, int64_t step) {

@@ -96,13 +96,14 @@ DropoutFn dropout_function(DType dtype) { return FUSED_RNN_ELSE::dropout_functio
 #else
 template <class S>
 void dropout(const DropoutParams& p, const Host& host) {
+  const auto seed = static_cast<uint64_t>(*p.seed);
   parallel(host, p.rows, p.rows * p.n > 65536, [&](int64_t begin, int64_t end) {
     using V = Vector<Compute<S> >;
     for (int64_t row = begin; row < end; ++row) {
       const S* from = static_cast<const S*>(p.input) + row * p.n;
       S* to = static_cast<S*>(p.output) + row * p.n;
       dropout_factors<Compute<S> >(
-          p.seed, Stream::weight_dropout, row, p.n, p.p, [&](int64_t i, int64_t left, V factor) {
+          seed, Stream::weight_dropout, row, p.n, p.p, [&](int64_t i, int64_t left, V factor) {
             Memory<V>::store(Memory<V>::load(from + i, left) * factor, to + i, left);
           });
     }

@@ -158,19 +158,10 @@ HOST_DEVICE void sum_units(int64_t H, int gates, C (&result)[N], const Value& va
   return sum_units_of<C, N, 4>(H, result, value);
 }
 
-// Mean of a row, and 1 over its standard deviation.
-template <class C>
-struct Moments {
-  using V = Vector<C>;
-  static constexpr double epsilon = 1e-5;
-  C mean, scale;
-  HOST_DEVICE V normalise(V x) const { return (x - V(mean)) * V(scale); }
-};
-
 // Of x, or of x + y if there is y.
 template <class C>
-__attribute__((noinline)) Moments<C> moments(int64_t H, int gates, const GateRow<const C>& x,
-                                             const GateRow<const C>& y) {
+__attribute__((noinline)) Moments<C> moments(int64_t H, int gates, double eps,
+                                             const GateRow<const C>& x, const GateRow<const C>& y) {
   using V = Vector<C>;
   const C count = static_cast<C>(gates * H);
   const auto of_rows = [&](const auto& value) -> Moments<C> {
@@ -183,19 +174,12 @@ __attribute__((noinline)) Moments<C> moments(int64_t H, int gates, const GateRow
       values[0] = d * d;
     });
     const C variance = squares[0] / count;
-    return {mean, static_cast<C>(1 / __builtin_sqrt(variance + Moments<C>::epsilon))};
+    return {mean, static_cast<C>(1 / __builtin_sqrt(variance + eps))};
   };
   if (y)
     return of_rows(
         [&](int64_t unit, int g) { return V::load(x.at(unit, g)) + V::load(y.at(unit, g)); });
   return of_rows([&](int64_t unit, int g) { return V::load(x.at(unit, g)); });
-}
-
-// Weight and bias of a normalisation at units `at` and on.
-template <class S, class V>
-HOST_DEVICE V affine(V normal, const NormWeights<const void*>& norm, int64_t at, int64_t n) {
-  return normal * Memory<V>::load(static_cast<const S*>(norm.weight) + at, n) +
-         Memory<V>::load(static_cast<const S*>(norm.bias) + at, n);
 }
 
 // Units of x, or of x + y, normalised, with weight and bias and what is added after that; and saved, if
@@ -213,25 +197,13 @@ __attribute__((noinline)) void normalise_row(const Moments<C>& of, int64_t H, in
       const int64_t n = H - unit, at = g * H + unit;
       V value = V::load(x.at(unit, g));
       if (y) value = value + V::load(y.at(unit, g));
-      value = of.normalise(value);
-      if (saved) Memory<V>::store(value, saved.at(unit, g), n);
-      value = affine<S>(value, norm, at, n);
-      if (added) value = value + Memory<V>::load(static_cast<const S*>(added) + at, n);
-      value.store(to.at(unit, g));
+      V normal;
+      normalised_gate<S>(of, value, norm, added, at, n, normal).store(to.at(unit, g));
+      if (saved) Memory<V>::store(normal, saved.at(unit, g), n);
     }
 }
 
-// What the gradient of a normalised row, with its weight, is to what was normalised.
-template <class C>
-struct NormGradient {
-  using V = Vector<C>;
-  C scale, mean, slope;
-  HOST_DEVICE V at(V d_normal, V normal) const {
-    return (d_normal - V(mean) - normal * V(slope)) * V(scale);
-  }
-};
-
-// From the gradient d of what weight and bias made of the row.
+// From the gradient d of what `weight`, unless it is null, and bias made of the row.
 template <class S, class C>
 __attribute__((noinline)) NormGradient<C> norm_gradient(int64_t H, int gates, C scale,
                                                         const GateRow<const S>& normal,
@@ -241,8 +213,9 @@ __attribute__((noinline)) NormGradient<C> norm_gradient(int64_t H, int gates, C 
   const C count = static_cast<C>(gates * H);
   C sums[2];
   sum_units<C>(H, gates, sums, [&](int64_t unit, int g, int64_t n, V* values) {
-    values[0] = first_lanes<C>(V::load(d.at(unit, g)), n) *
-                Memory<V>::load(static_cast<const S*>(weight) + g * H + unit, n);
+    values[0] = first_lanes<C>(V::load(d.at(unit, g)), n);
+    if (weight)
+      values[0] = values[0] * Memory<V>::load(static_cast<const S*>(weight) + g * H + unit, n);
     values[1] = values[0] * Memory<V>::load(normal.at(unit, g), n);
   });
   return {scale, sums[0] / count, sums[1] / count};

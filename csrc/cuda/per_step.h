@@ -26,7 +26,11 @@ struct Host {
   std::function<std::function<void()>(const Product&)> prepare;  // a product to run many times
 };
 
-enum class CellId : int;
+// A cell of cells.h, and whether options change the step around it.
+struct CellId {
+  int index;
+  bool varied;
+};
 
 void run_per_step(CellId cell, const RecurrenceForwardParams& p, const Host& host);
 void run_per_step(CellId cell, const RecurrenceBackwardParams& p, const Host& host);

@@ -12,37 +12,46 @@
 
 namespace fused_rnn::cuda_on_cpu {
 
+// How many values a unit has: of gates, weights of the cell's own, gradients of its own weights, and
+// in the two reserves.
+struct Counts {
+  int64_t gates, unit_weights, unit_gradients, saved, cells;
+  bool has_c;
+};
+
 class Arguments {
  public:
-  Arguments(const RecurrenceForwardParams& p, int64_t gates, int64_t saved, int64_t unit_weights,
-            const cuda::Host& host)
+  Arguments(const RecurrenceForwardParams& p, const Counts& counts, const cuda::Host& host)
       : Arguments(p, host) {
-    const int64_t storage = storage_bytes(), compute = compute_bytes();
-    inputs(p, gates, unit_weights);
+    const int64_t storage = storage_bytes(), compute = compute_bytes(), gates = counts.gates;
+    inputs(p, counts);
+    given("bias_ih", p.bias_ih, p.L * gates * p.H * storage);
     sequence("input_gates", p.input_gates, gates * p.H * storage, storage, true);
     given("bias_hh", p.bias_hh, p.L * gates * p.H * storage);
     sequence("output", p.output, p.P * storage, storage, false);
     wanted("h_n", p.h_n, p.L * p.B * p.P * storage);
     wanted("c_n", p.c_n, p.L * p.B * p.H * storage);
     sequence("cells", p.cells, p.H * compute, compute, false);
-    reserve("reserve", p.reserve, saved, storage, false);
-    reserve("saved_cells", p.saved_cells, 1, compute, false);
+    reserve("reserve", p.reserve, counts.saved, storage, false);
+    reserve("saved_cells", p.saved_cells, counts.cells, compute, false);
     sequence("unprojected", p.unprojected, p.H * storage, storage, false);
+    statistics(p.statistics, counts, false);
   }
 
-  Arguments(const RecurrenceBackwardParams& p, int64_t gates, int64_t saved, int64_t unit_weights,
-            const cuda::Host& host)
+  Arguments(const RecurrenceBackwardParams& p, const Counts& counts, const cuda::Host& host)
       : Arguments(p, host) {
-    const int64_t storage = storage_bytes(), compute = compute_bytes();
-    inputs(p, gates, unit_weights);
+    const int64_t storage = storage_bytes(), compute = compute_bytes(), gates = counts.gates;
+    inputs(p, counts);
     sequence("grad_output", p.grad_output, p.P * storage, storage, true);
     given("grad_h_n", p.grad_h_n, p.L * p.B * p.P * storage);
     given("grad_c_n", p.grad_c_n, p.L * p.B * p.H * storage);
     sequence("grad_cells", p.grad_cells, p.H * compute, compute, true);
     sequence("output", p.output, p.P * storage, storage, true);
-    reserve("reserve", p.reserve, saved, storage, true);
-    reserve("saved_cells", p.saved_cells, 1, compute, true);
-    sequence("d_weight_ch", p.d_weight_ch, unit_weights * p.H * compute, compute, false);
+    reserve("reserve", p.reserve, counts.saved, storage, true);
+    reserve("saved_cells", p.saved_cells, counts.cells, compute, true);
+    statistics(const_cast<void*>(p.statistics), counts, true);
+    given("d_unit_weights", p.d_unit_weights, p.L * p.B * counts.unit_gradients * p.H * compute);
+    wanted("keep", p.keep, p.L * p.B * p.P * compute);
     wanted("d_hx", p.d_hx, p.L * p.B * p.P * storage);
     wanted("d_cx", p.d_cx, p.L * p.B * p.H * storage);
     sequence("d_input_gates", p.d_input_gates, gates * p.H * storage, storage, false);
@@ -99,8 +108,8 @@ class Arguments {
 
   // What both directions are given.
   template <class Params>
-  void inputs(const Params& p, int64_t gates, int64_t unit_weights) {
-    const int64_t storage = storage_bytes();
+  void inputs(const Params& p, const Counts& counts) {
+    const int64_t gates = counts.gates, storage = storage_bytes();
     forget();
     given("lengths", p.lengths, p.B * 8);
     given("resets", p.resets, p.T * p.B);
@@ -108,7 +117,23 @@ class Arguments {
     given("cx", p.cx, p.L * p.B * p.H * storage);
     given("weight_hh", p.weight_hh, p.L * gates * p.H * p.P * storage);
     given("weight_hr", p.weight_hr, p.L * p.P * p.H * storage);
-    given("weight_ch", p.weight_ch, p.L * unit_weights * p.H * storage);
+    given("weight_ch", p.weight_ch, p.L * counts.unit_weights * p.H * storage);
+    norm("input gates", p.norms.input, gates);
+    norm("hidden gates", p.norms.hidden, gates);
+    norm("c", p.norms.c, 1);
+    given("seed", p.variation.seed, 8);
+  }
+
+  void norm(const char* of, const NormWeights<const void*>& norm, int64_t rows) {
+    const int64_t bytes = p_.L * rows * p_.H * storage_bytes();
+    given((std::string("norm weight of ") + of).c_str(), norm.weight, bytes);
+    given((std::string("norm bias of ") + of).c_str(), norm.bias, bytes);
+  }
+
+  void statistics(void* data, const Counts& counts, bool is_given) {
+    const int64_t n = norm_count(p_.variation.layer_norm, counts.has_c);
+    const Sequence tensor{data, p_.L * p_.B * n, n, p_.B * n, nullptr};
+    sequence("statistics", tensor, n * compute_bytes(), compute_bytes(), is_given);
   }
 
   void given(const char* name, const void* data, int64_t bytes) {
@@ -165,6 +190,28 @@ class Arguments {
 
   const Shape& p_;
   std::vector<Span> wanted_;
+};
+
+class DropoutArguments {
+ public:
+  explicit DropoutArguments(const DropoutParams& p) : p_(p) {
+    forget();
+    declare({const_cast<int64_t*>(p.seed), 8, "seed", 1});
+    declare({const_cast<void*>(p.input), bytes(), "input", 1});
+    declare({p.output, bytes(), "output", 0});
+  }
+  ~DropoutArguments() { forget(); }
+  DropoutArguments(const DropoutArguments&) = delete;
+  DropoutArguments& operator=(const DropoutArguments&) = delete;
+
+  void check_results() const { host_reads(p_.output, bytes(), "the caller"); }
+
+ private:
+  int64_t bytes() const {
+    return p_.rows * p_.n * (p_.dtype == DType::float64 ? 8 : p_.dtype == DType::float32 ? 4 : 2);
+  }
+
+  const DropoutParams& p_;
 };
 
 }  // namespace fused_rnn::cuda_on_cpu
