@@ -206,11 +206,11 @@ def test_float64_equals_reference(cell):
 @pytest.mark.parametrize("cell", GATES)
 def test_varied_float64_equals_reference(cell):
     for variation in variations(cell, 1):
-        compare_with_reference(cell, SHAPES, *variation)
+        compare_with_reference(cell, SHAPES[:2], *variation)
     for variation in variations(cell, 2):
         compare_with_reference(cell, SHAPES[1:2], *variation)
     for layer_norm in (1, 2):
-        compare_with_reference(cell, SHAPES[1:2], everything(cell, layer_norm), 5)
+        compare_with_reference(cell, SHAPES[1:], everything(cell, layer_norm), 5)
 
 
 @pytest.mark.parametrize("layer_norm", [1, 2])
