@@ -38,10 +38,10 @@ def test_no_kernel_takes_more_than_it_did(found):
 
 @needs_nvcc
 def test_blocks_of_row_kernels_fit(found):
-    """A block has up to 512 threads, and 65536 registers to share."""
+    """A block has up to 384 threads, and 65536 registers to share."""
     for kernels in found.values():
         rows = [kernel for name, kernel in kernels.items() if "_row_kernel<" in name]
-        assert rows and max(kernel.registers for kernel in rows) <= 65536 // 512
+        assert rows and max(kernel.registers for kernel in rows) <= 65536 // 384
 
 
 @needs_nvcc
