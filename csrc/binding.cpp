@@ -144,8 +144,27 @@ DType storage_type(const char* name, const Tensor& tensor) {
   }
 }
 
+// The same where complex numbers stand for duals (dual.h).
+DType storage_or_dual_type(const char* name, const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::ComplexFloat:
+      return DType::dual32;
+    case ScalarType::ComplexDouble:
+      return DType::dual64;
+    default:
+      return storage_type(name, tensor);
+  }
+}
+
 ScalarType compute_type(ScalarType storage) {
-  return storage == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  switch (storage) {
+    case ScalarType::Double:
+    case ScalarType::ComplexFloat:
+    case ScalarType::ComplexDouble:
+      return storage;
+    default:
+      return ScalarType::Float;
+  }
 }
 
 // ---- tensors -----------------------------------------------------------------------------------------
@@ -616,7 +635,7 @@ struct LayerArguments {
         ragged(lengths, resets, input, time.T, time.B) {
     STD_TORCH_CHECK(!lengths || !batch_sizes,
                     "Expected lengths to be None, since batch_sizes say the same");
-    p.dtype = storage_type("input", input);
+    p.dtype = storage_or_dual_type("input", input);
     STD_TORCH_CHECK(lane_count >= 1, "Expected lanes of at least 1, got ", lane_count);
     check_directions(directions, lane_count);
     p.T = time.T;
@@ -1427,6 +1446,10 @@ FUSED_RNN_FOR_EACH_CELL(FUSED_RNN_RECURRENCE)
 // With batch_sizes (T), on the CPU, sequences are those of torch's PackedSequence: of every (T, B, ...)
 // above only the rows that exist, (N, ...). B is the first of batch_sizes. Steps that do not exist are
 // zero in output, cells and d_input, and anything in what is saved.
+//
+// Complex input, and with it everything else, is dual numbers, value + tangent * i where i^2 = 0: the
+// results' real parts are those of the real parts, their imaginary parts the derivative of that in the
+// direction of the imaginary parts.
 //
 // The varied ops, {cell}_varied_forward and _backward, are layers with options that change the step
 // around the cell. After the weights above they take weight and bias of each normalisation, ih, hh and c

@@ -1,12 +1,13 @@
 // Storage types of tensors and the type each is computed in.
 //
 // float and double compute in themselves; the two half types are storage only: every load widens
-// to float and every store rounds to nearest, ties to even.
+// to float and every store rounds to nearest, ties to even. Duals of both (dual.h) are types like them.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
+#include "dual.h"
 #include "macros.h"
 
 #if defined(__CUDACC__)
@@ -37,6 +38,10 @@ HOST_DEVICE To bit_cast(From from) {
 
 HOST_DEVICE float widen(float x) { return x; }
 HOST_DEVICE double widen(double x) { return x; }
+template <class T>
+HOST_DEVICE Dual<T> widen(Dual<T> x) {
+  return x;
+}
 HOST_DEVICE float widen(BFloat16 x) {
   return detail::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16);
 }
@@ -66,6 +71,11 @@ struct Narrow<float> {
 template <>
 struct Narrow<double> {
   static HOST_DEVICE double from(double x) { return x; }
+};
+
+template <class T>
+struct Narrow<Dual<T>> {
+  static HOST_DEVICE Dual<T> from(Dual<T> x) { return x; }
 };
 
 template <>
@@ -110,6 +120,10 @@ struct ComputeOf {
 template <>
 struct ComputeOf<double> {
   using type = double;
+};
+template <class T>
+struct ComputeOf<Dual<T>> {
+  using type = Dual<T>;
 };
 template <class S>
 using Compute = typename ComputeOf<S>::type;

@@ -16,7 +16,8 @@
 
 namespace fused_rnn {
 
-enum class DType : int { float32, float64, bfloat16, float16 };
+// The last two are duals of the first (dual.h).
+enum class DType : int { float32, float64, bfloat16, float16, dual32, dual64 };
 
 // A (T, B, L, n) tensor whose last dimension is contiguous; strides in elements. Or a packed one, as
 // torch's PackedSequence: (rows, L, n), where rows_before[t] rows belong to the timesteps before t, and

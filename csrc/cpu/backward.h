@@ -37,7 +37,8 @@ class Backward {
   static constexpr int64_t chunk_rows = 512;
   static constexpr int vector_values = V::size * E::depth;
   static constexpr int column_vectors = 2;  // of the products of strips and columns
-  static constexpr int most_rows = vector_registers == 32 ? 8 : 4;
+  static constexpr int fitting_rows = max_rows<V>(column_vectors);
+  static constexpr int most_rows = fitting_rows >= 8 ? 8 : fitting_rows >= 4 ? 4 : 2;
   static constexpr int strip_rows = V::size < most_rows ? V::size : most_rows;  // of a tile
   static_assert(V::size % strip_rows == 0, "tiles divide strips");
   static_assert(!(Cell::late_gate && Cell::split_gates), "see cells/cell.h");
@@ -735,15 +736,13 @@ class Backward {
     for (int64_t i = strips.begin; i < strips.end; ++i) {
       const int64_t column = i * V::size;
       Value* strip = strip_of(of, part.lane, i);
-      pack_rows<E>(rows, of.rows - column, strip, vector_values,
-                   [&](int64_t k) { return from + k * width + column; });
+      pack_rows<E, false>(rows, of.rows - column, strip, vector_values,
+                          [&](int64_t k) { return from + k * width + column; });
       if (!of.bias_sums) continue;
       add_in_parts(
           word_count<E>(rows),
           [&](int64_t k, V sum) {
-            V words;
-            memcpy(&words.v, strip + k * vector_values, sizeof(V));
-            return E::multiply_add(words, E::broadcast(E::one), sum);
+            return E::multiply_add(E::load(strip + k * vector_values), E::broadcast(E::one), sum);
           },
           of.bias_sums + (part.lane * of.strip_count() + i) * V::size);
     }

@@ -118,16 +118,18 @@ void attention_backward(const AttentionBackwardParams& p, const Host& host) {
   AttentionBackward<S>(p, host).run();
 }
 
-// In the order of DType.
-#define FUSED_RNN_BY_DTYPE(function) \
-  {function<float>, function<double>, function<BFloat16>, function<Half>}
+// In the order of DType. Layers take duals as well.
+#define FUSED_RNN_BY_DTYPE(function, ...) \
+  {function<float>, function<double>, function<BFloat16>, function<Half>, ##__VA_ARGS__}
+#define FUSED_RNN_BY_ANY_DTYPE(function) \
+  FUSED_RNN_BY_DTYPE(function, function<Dual<float> >, function<Dual<double> >)
 
 ForwardFn forward_function(CellId cell, DType dtype) {
-  static constexpr ForwardFn (*table[])(CellId) = FUSED_RNN_BY_DTYPE(forward_of);
+  static constexpr ForwardFn (*table[])(CellId) = FUSED_RNN_BY_ANY_DTYPE(forward_of);
   return table[static_cast<int>(dtype)](cell);
 }
 BackwardFn backward_function(CellId cell, DType dtype) {
-  static constexpr BackwardFn (*table[])(CellId) = FUSED_RNN_BY_DTYPE(backward_of);
+  static constexpr BackwardFn (*table[])(CellId) = FUSED_RNN_BY_ANY_DTYPE(backward_of);
   return table[static_cast<int>(dtype)](cell);
 }
 AttentionForwardFn attention_forward_function(DType dtype) {

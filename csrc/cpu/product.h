@@ -13,7 +13,8 @@
 //
 // What is multiplied comes in words, one of them broadcast at a time: single values of the compute
 // type, or, where the machine multiplies bfloat16, pairs of those, two successive k in one word. A
-// vector of words is kept in a vector of the compute type whatever its bits mean.
+// vector of words is kept in a vector of the compute type whatever its bits mean. In a panel a vector lies
+// as it is; load and store are for vectors of words that lie one after another.
 
 template <class T>
 struct Plain {
@@ -25,6 +26,8 @@ struct Plain {
 
   static HOST_DEVICE V broadcast(Word x) { return V(x); }
   static HOST_DEVICE V multiply_add(V a, V b, V sum) { return sum + a * b; }
+  static HOST_DEVICE V load(const Value* from) { return V::load(from); }
+  static HOST_DEVICE void store(V x, Value* to) { x.store(to); }
   // A vector of words from values that follow one another.
   template <class S>
   static HOST_DEVICE V words(const S* from, int64_t count) {
@@ -52,6 +55,12 @@ struct Pairs {
   static HOST_DEVICE V multiply_add(V a, V b, V sum) {
     return V(static_cast<V::Native>(_mm512_dpbf16_ps(sum.v, (__m512bh)(a.v), (__m512bh)(b.v))));
   }
+  static HOST_DEVICE V load(const Value* from) {
+    V result;
+    memcpy(&result.v, from, sizeof(result.v));
+    return result;
+  }
+  static HOST_DEVICE void store(V x, Value* to) { memcpy(to, &x.v, sizeof(x.v)); }
   static HOST_DEVICE V words(const BFloat16* from, int64_t count) {
     V result(0);
     if (count >= 2 * V::size)
@@ -79,6 +88,31 @@ struct Pairs {
   }
 };
 #endif
+
+// A dual's two numbers are broadcast each to a vector of their own.
+template <class T>
+struct Plain<Dual<T>> {
+  using V = Vector<Dual<T>>;
+  using Part = Vector<T>;
+  using Value = Dual<T>;
+  using Word = Dual<T>;
+  static constexpr int depth = 1;
+  static constexpr Word one{1, 0};
+
+  static HOST_DEVICE V broadcast(const Word& x) { return V(x); }
+  static HOST_DEVICE V multiply_add(const V& a, const V& b, const V& sum) {
+    return {sum.value + a.value * b.value,
+            sum.tangent + a.value * b.tangent + a.tangent * b.value};
+  }
+  static HOST_DEVICE V load(const Value* from) { return V::load(from); }
+  static HOST_DEVICE void store(V x, Value* to) { x.store(to); }
+  static HOST_DEVICE V words(const Value* from, int64_t count) {
+    return Memory<V>::load(from, count);
+  }
+  static HOST_DEVICE V across(const Value* const (&rows)[1], int64_t count) {
+    return rows[0] ? Memory<V>::load(rows[0], count) : V(0);
+  }
+};
 
 template <class S>
 struct OperandOf {
@@ -110,9 +144,12 @@ constexpr int64_t word_count(int64_t k) {
 
 constexpr int vector_registers = FUSED_RNN_VECTOR_BYTES == 64 ? 32 : 16;
 
+// Rows of a tile. A vector of duals fills two registers.
+template <class V>
 constexpr int max_rows(int W) {
-  const int rows = (vector_registers - W - 1) / W;
-  return rows > 12 ? 12 : rows;
+  constexpr int each = static_cast<int>(sizeof(V)) / FUSED_RNN_VECTOR_BYTES;
+  const int rows = (vector_registers / each - W - 1) / W;
+  return rows > 12 ? 12 : rows > 1 ? rows : 1;
 }
 
 // How the words of `a` lie: those of one row together, rows any distance apart; or, as in a panel, a
@@ -167,7 +204,7 @@ void product(const typename E::Word* a, int64_t a_stride, int64_t words,
       for (int n = 0; n < N; ++n) {
         V columns[W];
 #pragma GCC unroll 16
-        for (int w = 0; w < W; ++w) memcpy(&columns[w].v, panel[n] + w * vector_values, sizeof(V));
+        for (int w = 0; w < W; ++w) memcpy(static_cast<void*>(&columns[w]), panel[n] + w * vector_values, sizeof(V));
         panel[n] += W * vector_values;
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
@@ -206,7 +243,7 @@ constexpr int panels_of_one_row(int W) { return (8 + W - 1) / W; }
 
 // One vector of columns for all k, from rows that hold the columns of one k each: row(k) points at the
 // first of `count` columns there are. Vectors of successive words are `stride` values apart.
-template <class E, class Row>
+template <class E, bool panel = true, class Row>
 HOST_DEVICE void pack_rows(int64_t k, int64_t count, typename E::Value* to, int64_t stride,
                            const Row& row) {
   using S = std::remove_cv_t<std::remove_pointer_t<decltype(row(k))>>;
@@ -214,7 +251,10 @@ HOST_DEVICE void pack_rows(int64_t k, int64_t count, typename E::Value* to, int6
     const S* rows[E::depth];
     for (int d = 0; d < E::depth; ++d) rows[d] = i + d < k ? row(i + d) : nullptr;
     const auto words = E::across(rows, count);
-    memcpy(to, &words.v, sizeof(words));
+    if constexpr (panel)
+      memcpy(static_cast<void*>(to), &words, sizeof(words));
+    else
+      E::store(words, to);
   }
 }
 
@@ -236,7 +276,7 @@ void pack_columns(const S* from, int64_t column_stride, int64_t k, int64_t count
     const int here = words - i < N ? static_cast<int>(words - i) : N;
 #pragma GCC unroll 16
     for (int w = 0; w < N; ++w)
-      if (w < here) memcpy(to + (i + w) * stride, &block[w].v, sizeof(V));
+      if (w < here) memcpy(static_cast<void*>(to + (i + w) * stride), &block[w], sizeof(V));
   }
 }
 
@@ -305,8 +345,7 @@ class Panels {
 #pragma GCC unroll 16
       for (auto& sum : sums) sum = V(0);
       for (int64_t j = 0; j < k; j += V::size * E::depth) {
-        V x;
-        memcpy(&x.v, a + j, sizeof(x));
+        const V x = E::load(a + j);
 #pragma GCC unroll 16
         for (int u = 0; u < V::size; ++u)
           sums[u] = E::multiply_add(
@@ -349,7 +388,7 @@ class Panels {
   template <class Each>
   HOST_DEVICE void multiply(int64_t lane, const Share& share, bool backwards, const Rows<E>& rows,
                             int64_t of_k, C* out, int64_t out_stride, const Each& each) const {
-    constexpr int R = max_rows(W), N = panels_of_one_row(W);
+    constexpr int R = max_rows<V>(W), N = panels_of_one_row(W);
     constexpr int row_size = W * V::size;
     alignas(64) C buffer[(R > N ? R : N) * row_size];
     const auto* words = reinterpret_cast<const typename E::Word*>(rows.values);

@@ -75,7 +75,8 @@ HOST_DEVICE V chosen_vector(const uint8_t* chosen) {
   typedef uint8_t Bytes __attribute__((vector_size(V::size)));
   Bytes is;
   memcpy(&is, chosen, sizeof(is));
-  return V(__builtin_convertvector(is, typename V::Native));
+  using Part = typename V::Part;
+  return V(Part(__builtin_convertvector(is, typename Part::Native)));
 }
 
 // The factors of a dropout for a row of n, 0 where chosen, else 1 / (1 - p): each(first number, numbers

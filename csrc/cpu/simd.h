@@ -30,6 +30,7 @@ struct Bits {
 template <class T, int N>
 struct Vec {
   using Scalar = T;
+  using Part = Vec;
   using Integer = typename NativeOf<T, N>::Integer;
   using Native = typename NativeOf<T, N>::Native;
   using Mask = typename NativeOf<T, N>::Mask;
@@ -286,8 +287,81 @@ HOST_DEVICE void narrow_vector(Vec<T, N> x, T* to) {
   x.store(to);
 }
 
+// ---- duals
+
+// Numbers I of the lanes of a and b together.
+template <class T, int N, int... I>
+HOST_DEVICE Vec<T, N> pick(Vec<T, N> a, Vec<T, N> b, std::integer_sequence<int, I...>) {
+#if defined(__clang__)
+  return Vec<T, N>(__builtin_shufflevector(a.v, b.v, I...));
+#else
+  return Vec<T, N>(__builtin_shuffle(a.v, b.v, typename Vec<T, N>::Mask{I...}));
+#endif
+}
+
+template <class Sequence, int first>
+struct Apart;
+template <int first, int... I>
+struct Apart<std::integer_sequence<int, I...>, first> {
+  using Every2nd = std::integer_sequence<int, first + 2 * I...>;
+  // Of two vectors by turns, from lane `first` of each.
+  using ByTurns = std::integer_sequence<int, first + I / 2 + I % 2 * int(sizeof...(I))...>;
+};
+
+// Values apart from tangents; in memory they lie by turns.
+template <class T, int N>
+struct Vec<Dual<T>, N> : DualNumber<Vec<Dual<T>, N>, Vec<T, N>> {
+  using Scalar = Dual<T>;
+  using Part = Vec<T, N>;
+  using Base = DualNumber<Vec<Dual<T>, N>, Part>;
+  static constexpr int size = N;
+
+  HOST_DEVICE Vec() {}
+  HOST_DEVICE Vec(Part value, Part tangent) : Base(value, tangent) {}
+  HOST_DEVICE explicit Vec(Part value) : Base(value, Part(0)) {}
+  HOST_DEVICE explicit Vec(Dual<T> x) : Base(Part(x.value), Part(x.tangent)) {}
+  HOST_DEVICE explicit Vec(int x) : Base(Part(x), Part(0)) {}
+
+  static HOST_DEVICE Vec load(const Dual<T>* from) {
+    using Lanes = std::make_integer_sequence<int, N>;
+    const T* numbers = &from->value;
+    const Part low = Part::load(numbers), high = Part::load(numbers + N);
+    return {pick(low, high, typename Apart<Lanes, 0>::Every2nd()),
+            pick(low, high, typename Apart<Lanes, 1>::Every2nd())};
+  }
+  HOST_DEVICE void store(Dual<T>* to) const {
+    using Lanes = std::make_integer_sequence<int, N>;
+    T* numbers = &to->value;
+    pick(this->value, this->tangent, typename Apart<Lanes, 0>::ByTurns()).store(numbers);
+    pick(this->value, this->tangent, typename Apart<Lanes, N / 2>::ByTurns()).store(numbers + N);
+  }
+};
+
+template <class T, int N>
+HOST_DEVICE void transpose(Vec<Dual<T>, N> (&rows)[N]) {
+  Vec<T, N> values[N], tangents[N];
+  for (int i = 0; i < N; ++i) {
+    values[i] = rows[i].value;
+    tangents[i] = rows[i].tangent;
+  }
+  transpose(values);
+  transpose(tangents);
+  for (int i = 0; i < N; ++i) rows[i] = {values[i], tangents[i]};
+}
+
+template <int N, class T>
+HOST_DEVICE Vec<Dual<T>, N> widen_vector(const Dual<T>* from) {
+  return Vec<Dual<T>, N>::load(from);
+}
+
 template <class T>
-using Vector = Vec<T, FUSED_RNN_VECTOR_BYTES / static_cast<int>(sizeof(T))>;
+struct Lanes {
+  static constexpr int count = FUSED_RNN_VECTOR_BYTES / static_cast<int>(sizeof(T));
+};
+template <class T>
+struct Lanes<Dual<T>> : Lanes<T> {};
+template <class T>
+using Vector = Vec<T, Lanes<T>::count>;
 
 }  // namespace FUSED_RNN_ISA
 

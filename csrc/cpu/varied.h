@@ -113,9 +113,9 @@ HOST_DEVICE GateRow<S> reserve_row(const Params& p, const RowStep& row, int64_t 
 
 template <class V>
 HOST_DEVICE typename V::Scalar sum_of_lanes(V x) {
-  typename V::Scalar lanes[V::size], sum = 0;
+  typename V::Scalar lanes[V::size], sum(0);
   x.store(lanes);
-  for (const auto lane : lanes) sum += lane;
+  for (const auto lane : lanes) sum = sum + lane;
   return sum;
 }
 
@@ -174,7 +174,7 @@ __attribute__((noinline)) Moments<C> moments(int64_t H, int gates, double eps,
       values[0] = d * d;
     });
     const C variance = squares[0] / count;
-    return {mean, static_cast<C>(1 / __builtin_sqrt(variance + eps))};
+    return {mean, inverse_deviation(variance, eps)};
   };
   if (y)
     return of_rows(
