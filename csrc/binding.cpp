@@ -525,7 +525,8 @@ class Time {
 
   Time(const Tensor& input, const OptionalTensor& batch_sizes) {
     if (!batch_sizes) {
-      STD_TORCH_CHECK(input.dim() == 3, "Expected input of shape (T, B, I), got ",
+      STD_TORCH_CHECK(input.dim() == 3 || input.dim() == 4,
+                      "Expected input of shape (T, B, I) or (T, B, L, I), got ",
                       shape_string(input));
       T = input.size(0);
       B = input.size(1);
@@ -642,6 +643,9 @@ struct LayerArguments {
     p.B = time.B;
     p.I = input.size(input.dim() - 1);
     p.L = lane_count;
+    STD_TORCH_CHECK(!per_lane() || input.size(2) == p.L,
+                    "Expected input of shape (T, B, I) or (T, B, L, I) with L = ", p.L, ", got ",
+                    shape_string(input));
     p.directions = static_cast<int>(directions);
     if (varied) varied->fill(cell, input, p);
     take_weights(cell, has_biases, p);
@@ -649,8 +653,14 @@ struct LayerArguments {
     input = with_contiguous_units(input);
     ragged.fill(p);
     if (time.packed()) p.lengths = time.lengths.data();
-    p.input = time.flat_sequence(input, 0);
+    p.input = input_sequence(input);
     p.weights = lanes.data();
+  }
+
+  // Whether every lane has an input of its own, or all of them the same.
+  bool per_lane() const { return input.dim() == 4; }
+  Sequence input_sequence(const Tensor& tensor) const {
+    return per_lane() ? time.sequence(tensor) : time.flat_sequence(tensor, 0);
   }
 
   // Whether sequences have steps that the engine leaves unwritten.
@@ -842,8 +852,11 @@ TensorList backward(const CellTraits& cell, OptionalTensor grad_output, Optional
     return results.emplace_back(std::move(tensor)).data_ptr();
   };
   if (need_input) {
-    add(make_sequence(time.shape({p.I})));
-    p.d_input = time.flat_sequence(results.back(), 0);
+    if (arguments.per_lane())
+      add(make_sequence(time.shape({p.L, p.I})));
+    else
+      add(make_sequence(time.shape({p.I})));
+    p.d_input = arguments.input_sequence(results.back());
   }
   if (need_states) {
     p.d_hx = add(make({p.L, p.B, p.P}));
@@ -1438,7 +1451,8 @@ FUSED_RNN_FOR_EACH_CELL(FUSED_RNN_RECURRENCE)
 //
 // One layer, all directions: `states` is empty or hx (L, B, P) and, for lstm, cx (L, B, H); `weights`
 // has for every lane weight_ih, weight_hh, bias_ih and bias_hh if has_biases, weight_hr if there is a
-// projection, and weight_ch if the cell has weights of its own. Forward returns output (T, B, L*P), h_n, c_n for lstm, the cells (T, B, L, H) if
+// projection, and weight_ch if the cell has weights of its own. Input is (T, B, I), which all lanes read, or
+// (T, B, L, I). Forward returns output (T, B, L*P), h_n, c_n for lstm, the cells (T, B, L, H) if
 // wanted, and if `save` what backward takes as `saved`: the reserve unless the cell has none, for lstm
 // the cells again, unprojected if there is a projection. Backward returns d_input, the gradients of
 // states and those of weights, each if needed.

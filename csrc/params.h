@@ -164,7 +164,7 @@ struct LaneWeights {
 
 struct LayerForwardParams : ForwardParams {
   int64_t I;
-  Sequence input;                           // (T, B, L, I) s
+  Sequence input;                           // (T, B, L, I) s; lanes that read the same are 0 apart
   const LaneWeights<const void*>* weights;  // (L)
 };
 
@@ -174,7 +174,8 @@ struct LayerBackwardParams : BackwardParams {
   Sequence unprojected;                     // (T, B, L, H) s, from forward; null unless projected
   const LaneWeights<const void*>* weights;  // (L)
 
-  Sequence d_input;                     // (T, B, L, I) s, or null if nobody wants it
+  Sequence
+      d_input;  // (T, B, L, I) s, or null if nobody wants it; summed over lanes that are 0 apart
   const LaneWeights<void*>* d_weights;  // (L), or null if nobody wants them
 };
 

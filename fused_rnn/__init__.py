@@ -1,6 +1,6 @@
 """Recurrent networks in PyTorch, fast for everyone: fused drop-ins for torch.nn's RNN layers."""
 
-from . import functional
+from . import functional, onnx
 from .attention import Attention, AttentionDecoder
 from .convert import convert, patch
 from .haste import from_haste
@@ -22,5 +22,6 @@ __all__ = [
     "from_haste",
     "from_keras",
     "functional",
+    "onnx",
     "patch",
 ]

@@ -1,15 +1,29 @@
-"""The gradient of one layer: ``autograd.Function`` around the compiled ops."""
+"""The derivatives of one layer: ``autograd.Function`` around the compiled ops.
+
+Four functions of a layer f of input, states and weights, here together x:
+
+    Layer     f(x)
+    Gradient  f'(x)^T g, the gradient: backward of Layer
+    Tangent   f'(x) v, the derivative along v: jvp of Layer
+    Second    the derivative of both along directions: backward and jvp of Gradient, and
+              backward of Tangent
+
+The first two are the engine's ops, the others the same ops on dual numbers (csrc/dual.h), which
+complex tensors carry. What differentiates Second, and the jvp of Tangent, go through the reference.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C._functorch import unwrap_if_dead
+from torch.autograd import forward_ad
 
-from . import ops, reference
+from . import batching, ops, reference
+from .batching import Call
 
 
 def run_layer(
@@ -31,7 +45,7 @@ def run_layer(
 
     Args:
         cell: a name in ``ops.CELLS``.
-        input: (T, B, I).
+        input: (T, B, I), or (T, B, D, I) where every lane has its own.
         states: hx (D, B, P) and, for lstm, cx (D, B, H); empty for zeros.
         weights: for every direction weight_ih, weight_hh, bias_ih and bias_hh if ``has_biases``,
             weight_hr if there is a projection, weight_ch if the cell has weights of its own, weight
@@ -49,21 +63,31 @@ def run_layer(
         output (T, B, D * P), h_n (D, B, P), for lstm c_n (D, B, H), and the cells (T, B, D, H) in
         the compute dtype if wanted.
     """
-    if torch.is_grad_enabled() and (
-        input.requires_grad or any([t.requires_grad for t in (*weights, *states)])
+    transformed = _is_transformed()
+    if transformed or (
+        torch.is_grad_enabled()
+        and (input.requires_grad or any([t.requires_grad for t in (*weights, *states)]))
     ):
         begin = 2 + len(states)
         end = begin + len(weights)
-        call = (cell, has_biases, lanes, directions, want_cells, begin, end, variation)
+        call: Call = (cell, has_biases, lanes, directions, want_cells, begin, end, variation)
         rest: tuple[Tensor | None, ...] = (lengths, batch_sizes, resets, seed)
         if lengths is None and batch_sizes is None and resets is None and seed is None:
             rest = ()
-        results = _apply_layer(call, input, *states, *weights, *rest)
+        apply = TransformedLayer.apply if transformed else _apply_layer
+        results = apply(call, input, *states, *weights, *rest)
         return results[: _wanted_results(cell, want_cells)]
     return ops.forward_op(cell, variation is not None)(
         input, states, weights, has_biases, lengths, batch_sizes, resets, lanes, directions, False,
         want_cells, *_last_arguments(variation, seed),
     )  # fmt: skip
+
+
+def _is_transformed() -> bool:
+    """Whether there is more to do than the fast path knows: torch.func, or forward mode."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _last_arguments(variation: ops.Variation | None, seed: Tensor | None) -> tuple[Any, ...]:
@@ -77,10 +101,6 @@ def _wanted_results(cell: str, want_cells: bool) -> int:
 
 
 _NO_REST = (None, None, None, None)
-
-# What Layer takes beside tensors: (cell, has_biases, lanes, directions, want_cells, begin, end,
-# variation), where weights are arguments begin to end.
-_Call = tuple[str, bool, int, int, bool, int, int, ops.Variation | None]
 
 
 class Layer(torch.autograd.Function):
@@ -110,209 +130,453 @@ class Layer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        cell, has_biases, lanes, directions, want_cells, begin, end, variation = ctx.call
+        call = ctx.call
+        cell, has_biases, lanes, directions, want_cells, begin, end, variation = call
         needs = ctx.needs_input_grad
         # Of the arguments all but the first are there, each in its place; then what forward saved.
         tensors, count = ctx.saved_tensors, len(needs)
         output, input = tensors[:2]
         states, weights = tensors[2:begin], tensors[begin:end]
-        lengths, batch_sizes, resets, seed = tensors[end:count] or _NO_REST
+        rest = tensors[end:count] or _NO_REST
         # Compiled graphs hand over gradients even for outputs marked as having none.
         given = (*grads[: _wanted_results(cell, want_cells)], None, None)[:4]
-        grad_output, grad_h_n, grad_c_n, grad_cells = given
-        if grad_output is None and grad_h_n is None and grad_c_n is None and grad_cells is None:
+        if given == _NO_REST:
             return (None,) * count
+        needed = (needs[1], True in needs[2:begin], True in needs[begin:])
         if torch.is_grad_enabled():
-            return _differentiable_backward(
-                ctx, given, input, states, weights, lengths, batch_sizes, resets, seed
+            found = Gradient.apply(
+                call, needed, *given, input, *states, *weights, *rest, output, *tensors[count:]
             )
-        need_input = needs[1]
-        need_states, need_weights = True in needs[2:begin], True in needs[begin:]
-        found = ops.backward_op(cell, variation is not None)(
-            *given, input, states, weights, has_biases, lengths, batch_sizes, resets, lanes,
-            directions, output, tensors[count:], need_input, need_states, need_weights,
-            *_last_arguments(variation, seed),
-        )  # fmt: skip
-        rest = (None,) * (count - end)
-        if need_input and need_weights and need_states == bool(states):
-            return (None, *found, *rest)
-        first = int(need_input)  # of the states among what was found
-        last = first + (len(states) if need_states else 0)
-        return (
-            None,
-            found[0] if need_input else None,
-            *(found[first:last] or (None,) * len(states)),
-            *(found[last:] or (None,) * len(weights)),
-            *rest,
-        )
+        else:
+            lengths, batch_sizes, resets, seed = rest
+            found = ops.backward_op(cell, variation is not None)(
+                *given, input, states, weights, has_biases, lengths, batch_sizes, resets, lanes,
+                directions, output, tensors[count:], *needed, *_last_arguments(variation, seed),
+            )  # fmt: skip
+        return (None, *_in_their_places(call, needed, found), *(None,) * (count - end))
+
+
+def _in_their_places(
+    call: Call, needed: tuple[bool, bool, bool], found: Sequence[Any]
+) -> Sequence[Any]:
+    """Gradients of input, states and weights; None for those that are not needed."""
+    need_input, need_states, need_weights = needed
+    begin, end = call[5], call[6]
+    if need_input and need_weights and need_states == (begin > 2):
+        return found
+    first = int(need_input)  # of the states among what was found
+    last = first + (begin - 2 if need_states else 0)
+    return (
+        found[0] if need_input else None,
+        *(found[first:last] or (None,) * (begin - 2)),
+        *(found[last:] or (None,) * (end - begin)),
+    )
 
 
 _apply_base = super(torch.autograd.Function, Layer).apply
 
 
-def _apply_layer(call: _Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+def _apply_layer(call: Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:
     """``Layer.apply`` without binding the arguments to forward's signature.
 
     Function.apply does that for the sake of default values, of which there are none here, and takes
     longer over it than a small layer does in all.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling():
         return Layer.apply(call, *tensors)
     # As Function.apply does: tensors may have outlived the transform that wrapped them.
     return _apply_base(call, *[None if t is None else unwrap_if_dead(t) for t in tensors])
 
 
-def _differentiable_backward(
-    ctx: Any,
-    grads: Sequence[Tensor | None],
-    input: Tensor,
-    states: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    lengths: Tensor | None,
-    batch_sizes: Tensor | None,
-    resets: Tensor | None,
-    seed: Tensor | None,
-) -> tuple[Any, ...]:
-    """The gradient under ``create_graph=True``: through the reference, which has one itself."""
-    cell, has_biases, lane_count, directions, *_, varied = ctx.call
+class TransformedLayer(Layer):
+    """Layer for torch.func and for forward mode, which torch.compile will not hear of."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        Layer.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[1:])
+        ctx.results = len(output)
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        call, n = ctx.call, ctx.call[6] - 1
+        primals, rest = ctx.saved_tensors[:n], ctx.saved_tensors[n:] or _NO_REST
+        found = Tangent.apply(call, *primals, *tangents[:n], *rest)
+        return (*found, *(None,) * (ctx.results - len(found)))
+
+    @staticmethod
+    def vmap(info: Any, dims: tuple[Any, ...], call: Call, *tensors: Any) -> Any:
+        primals = batching.kinds_of_primals(call)
+        return batching.vmap(
+            TransformedLayer.apply, info, dims[1:], (call,), tensors,
+            (*primals, *batching.REST[: len(tensors) - len(primals)]),
+            (*batching.kinds_of_results(call), *batching.kinds_of_saved(call, _device(tensors))),
+        )  # fmt: skip
+
+
+def _device(tensors: Sequence[Tensor | None]) -> str:
+    return next(t for t in tensors if t is not None).device.type
+
+
+class Gradient(torch.autograd.Function):
+    """From (call, needed, *gradients of the four results, input, *states, *weights, *rest, output,
+    *saved) to the results of ``{cell}_backward``."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        call, needed, *tensors = args
+        cell, has_biases, lanes, directions, _, begin, end, variation = call
+        grads, primals = tensors[:4], tensors[4 : 3 + end]
+        lengths, batch_sizes, resets, seed, output, *saved = tensors[3 + end :]
+        return tuple(
+            ops.backward_op(cell, variation is not None)(
+                *grads, primals[0], primals[1 : begin - 1], primals[begin - 1 :], has_biases,
+                lengths, batch_sizes, resets, lanes, directions, output, saved, *needed,
+                *_last_arguments(variation, seed),
+            )
+        )  # fmt: skip
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.call, ctx.needed, *tensors = inputs
+        ctx.set_materialize_grads(False)
+        kept = tensors[: 4 + ctx.call[6] - 1 + 4]
+        ctx.save_for_backward(*kept)
+        ctx.save_for_forward(*kept)
+
+    @staticmethod
+    def backward(ctx: Any, *directions: Tensor | None) -> tuple[Any, ...]:
+        count, n = len(ctx.needs_input_grad), ctx.call[6] - 1
+        if all(v is None for v in directions):
+            return (None,) * count
+        tensors = ctx.saved_tensors
+        tangents = _in_their_places(ctx.call, ctx.needed, directions)
+        needed = _needed(ctx.call, ctx.needs_input_grad[6:])
+        of_results, _, of_primals = _second(
+            ctx.call, needed, tensors[: 4 + n], (*_NO_REST, *tangents), tensors[4 + n :]
+        )
+        return (None, None, *of_results, *of_primals, *(None,) * (count - 6 - n))
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, __: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        n, tensors = ctx.call[6] - 1, ctx.saved_tensors
+        *_, found = _second(
+            ctx.call, ctx.needed, tensors[: 4 + n], tangents[: 4 + n], tensors[4 + n :]
+        )
+        return tuple(d for d in found if d is not None)
+
+    @staticmethod
+    def vmap(info: Any, dims: tuple[Any, ...], call: Call, needed: Any, *tensors: Any) -> Any:
+        primals = batching.kinds_of_primals(call)
+        kinds = (
+            *_RESULTS, *primals, *batching.REST, "output",
+            *batching.kinds_of_saved(call, _device(tensors)),
+        )  # fmt: skip
+        found = [kind for kind in primals if needed[_GROUPS.index(kind)]]
+        return batching.vmap(Gradient.apply, info, dims[2:], (call, needed), tensors, kinds, found)
+
+
+_GROUPS = ("input", "state", "weight")
+_RESULTS = ("output", "state", "state", "cells")  # that a gradient may reach
+
+
+def _needed(call: Call, of_primals: Sequence[bool]) -> tuple[bool, bool, bool]:
+    begin, end = call[5], call[6]
+    return (
+        of_primals[0], True in of_primals[1 : begin - 1], True in of_primals[begin - 1 : end - 1]
+    )  # fmt: skip
+
+
+def _by_result(call: Call, results: Sequence[Any]) -> tuple[Any, ...]:
+    """output, h_n, c_n and cells, of which a layer may lack the latter, which is None then."""
+    return (*results, None, None)[:4]
+
+
+class Tangent(torch.autograd.Function):
+    """From (call, input, *states, *weights, the same of their tangents, *rest) to the tangents of
+    what the layer returns."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        call, *tensors = args
+        n = call[6] - 1
+        primals, tangents, rest = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
+        if not ops.has_duals(primals[0].device):
+            return _tangents_of(
+                lambda *given: tuple(_by_reference(call, given, rest)), primals, tangents
+            )
+        results = _dual_forward(call, _duals(primals, tangents), rest, save=False)
+        like = primals[0].dtype
+        kinds = batching.kinds_of_results(call)
+        return tuple(
+            r.imag.to(ops.compute_dtype(like) if kind == "cells" else like)
+            for r, kind in zip(results, kinds, strict=True)
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.call, *tensors = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        call, n, tensors = ctx.call, ctx.call[6] - 1, ctx.saved_tensors
+        given = _by_result(call, grads)
+        if all(g is None for g in given):
+            return (None,) * len(ctx.needs_input_grad)
+        needs = ctx.needs_input_grad[1:]
+        needed = _needed(call, [a or b for a, b in zip(needs[:n], needs[n : 2 * n], strict=True)])
+        _, of_tangents, of_primals = _second(
+            call, needed, (*given, *tensors[:n]), (*_NO_REST, *tensors[n : 2 * n]),
+            tensors[2 * n :],
+        )  # fmt: skip
+        return (None, *of_primals, *of_tangents, *_NO_REST)
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        call, n, tensors = ctx.call, ctx.call[6] - 1, ctx.saved_tensors
+        rest = tensors[2 * n :]
+
+        def tangent(*given: Tensor) -> tuple[Tensor, ...]:
+            return _tangents_of(
+                lambda *primals: tuple(_by_reference(call, primals, rest)), given[:n], given[n:]
+            )
+
+        primals = (*tensors[:n], *_or_zeros(tensors[n : 2 * n], tensors[:n]))
+        return _tangents_of(tangent, primals, tangents[: 2 * n])
+
+    @staticmethod
+    def vmap(info: Any, dims: tuple[Any, ...], call: Call, *tensors: Any) -> Any:
+        primals = batching.kinds_of_primals(call)
+        return batching.vmap(
+            Tangent.apply, info, dims[1:], (call,), tensors,
+            (*primals, *primals, *batching.REST), batching.kinds_of_results(call),
+        )  # fmt: skip
+
+
+class Second(torch.autograd.Function):
+    """From (call, needed, *gradients of the four results, *primals, the tangents of all these,
+    *rest), the primals being input, *states and *weights, to
+
+    - the tangents of the results that have a gradient: J v,
+    - the gradients of the primals that are needed: J^T g,
+    - and what that changes by along the tangents.
+    """
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor | None, ...]:
+        call, needed, *tensors = args
+        n = 4 + call[6] - 1
+        given, tangents, rest = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
+        if not ops.has_duals(given[4].device):
+            return _second_by_reference(call, needed, given, tangents, rest)
+        cell, has_biases, lanes, directions, want_cells, begin, _, variation = call
+        primals = _duals(given[4:], tangents[4:])
+        results = _dual_forward(call, primals, rest, save=True)
+        wanted = _wanted_results(cell, want_cells)
+        lengths, batch_sizes, resets, seed = rest
+        found = ops.backward_op(cell, variation is not None)(
+            *_duals(given[:4], tangents[:4]), primals[0], primals[1 : begin - 1],
+            primals[begin - 1 :], has_biases, lengths, batch_sizes, resets, lanes, directions,
+            results[0], results[wanted:], *needed, *_last_arguments(variation, seed),
+        )  # fmt: skip
+        of_primals = _in_their_places(call, needed, found)
+        of_results = _by_result(call, results[:wanted])
+        return (
+            *(None if g is None else r.imag.to(g.dtype)
+              for r, g in zip(of_results, given[:4], strict=True)),
+            *(None if d is None else d.real.to(p.dtype)
+              for d, p in zip(of_primals, given[4:], strict=True)),
+            *(None if d is None else d.imag.to(p.dtype)
+              for d, p in zip(of_primals, given[4:], strict=True)),
+        )  # fmt: skip
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        ctx.call, ctx.needed, *tensors = inputs
+        ctx.there = [result is not None for result in output]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        again, given = _again(ctx)
+        results, pull = _vjp(again, *(t for t in given if t is not None))
+        present = [g for g, r in zip(grads, ctx.there, strict=True) if r]
+        found = iter(pull(tuple(_or_zeros(present, results))))
+        return (None, None, *(None if t is None else next(found) for t in given), *_NO_REST)
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, __: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        again, given = _again(ctx)
+        there = [(t, v) for t, v in zip(given, tangents, strict=False) if t is not None]
+        left = iter(_tangents_of(again, [t for t, _ in there], [v for _, v in there]))
+        return tuple(next(left) if is_there else None for is_there in ctx.there)
+
+    @staticmethod
+    def vmap(info: Any, dims: tuple[Any, ...], call: Call, needed: Any, *tensors: Any) -> Any:
+        primals = batching.kinds_of_primals(call)
+        given = (*_RESULTS, *primals)
+        return batching.vmap(
+            Second.apply, info, dims[2:], (call, needed), tensors, (*given, *given, *batching.REST),
+            (*_RESULTS, *primals, *primals),
+        )  # fmt: skip
+
+
+def _second(
+    call: Call,
+    needed: tuple[bool, bool, bool],
+    given: Sequence[Tensor | None],
+    tangents: Sequence[Tensor | None],
+    rest: Sequence[Tensor | None],
+) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]:
+    """The three groups of what Second returns."""
+    n = call[6] - 1
+    found = Second.apply(call, needed, *given, *tangents, *rest)
+    return found[:4], found[4 : 4 + n], found[4 + n :]
+
+
+# ---- on dual numbers
+
+
+def _duals(
+    values: Sequence[Tensor | None], tangents: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """value + tangent * e in the compute dtype, as the ops take it; without a tangent that is 0."""
+    return [
+        None if value is None and tangent is None else _dual(value, tangent)
+        for value, tangent in zip(values, tangents, strict=True)
+    ]
+
+
+def _dual(value: Tensor | None, tangent: Tensor | None) -> Tensor:
+    like = tangent if value is None else value
+    assert like is not None
+    zeros = torch.zeros((), dtype=ops.compute_dtype(like.dtype), device=like.device)
+    real, imag = (zeros if t is None else t.to(zeros.dtype) for t in (value, tangent))
+    return torch.complex(real.expand_as(like), imag.expand_as(like))
+
+
+def _dual_forward(
+    call: Call, primals: Sequence[Any], rest: Sequence[Tensor | None], save: bool
+) -> Sequence[Tensor]:
+    cell, has_biases, lanes, directions, want_cells, begin, _, variation = call
+    *ragged, seed = rest
+    return ops.forward_op(cell, variation is not None)(
+        primals[0], primals[1 : begin - 1], primals[begin - 1 :], has_biases, *ragged, lanes,
+        directions, save, want_cells, *_last_arguments(variation, seed),
+    )  # fmt: skip
+
+
+# ---- through the reference, which has derivatives of any order
+
+
+def _by_reference(
+    call: Call, primals: Sequence[Tensor], rest: Sequence[Tensor | None]
+) -> list[Tensor]:
+    """What the layer returns, of input, states and weights."""
+    cell, has_biases, lane_count, directions, want_cells, begin, _, varied = call
+    lengths, batch_sizes, resets, seed = rest
     variation = varied or ops.PLAIN
     traits = ops.CELLS[cell]
     exists = None  # (T, B): the steps that a packed sequence holds, in its order
     if batch_sizes is not None:
         exists = torch.arange(int(batch_sizes[0])) < batch_sizes.unsqueeze(1)
         lengths = exists.sum(0)
-    with torch.enable_grad():
-        # Aliases, so that the gradient stops at this layer's inputs even where one of them was
-        # computed from another.
-        aliases = [t.view_as(t) for t in (input, *states, *weights)]
-        # In the compute dtype, as the kernels: half types would lose what they keep between steps.
-        x, *tensors = (t.to(ops.compute_dtype(t.dtype)) for t in aliases)
-        if exists is not None:
-            x = x.new_zeros((*exists.shape, x.shape[1])).masked_scatter(exists.unsqueeze(2), x)
-        lanes = traits.by_lane(tensors[len(states) :], has_biases, lane_count, variation.layer_norm)
-        rows, width = lanes[0].weight_hh.shape
-        sizes = (width, rows // traits.gates)
-        zeros = [x.new_zeros((lane_count, x.shape[1], n)) for n in sizes]
-        hx, cx = (*tensors[: len(states)], *zeros[len(states) :])
-        factors = reference.layer_factors(
-            (*x.shape[:2], lane_count), sizes, (variation.zoneout_h, variation.zoneout_c),
-            variation.recurrent_dropout, seed, x,
-        )  # fmt: skip
-        results = reference.layer(
-            traits.name, x, hx, cx if traits.has_c else None, lanes, lengths, resets, directions,
-            factors, variation.layer_norm_eps,
-        )  # fmt: skip
-        output, h_n, c_n, cells = results
-        if exists is not None:
-            output, cells = output[exists], None if cells is None else cells[exists]
-        results = (output.flatten(-2), h_n, c_n, cells)
-        pairs = [
-            (r, g.to(r.dtype)) for r, g in zip(results, grads, strict=True)
-            if r is not None and g is not None and r.requires_grad
-        ]  # fmt: skip
-        needs = ctx.needs_input_grad[1 : 1 + len(aliases)]
-        wanted = [t for t, need in zip(aliases, needs, strict=True) if need]
-        found = iter(
-            torch.autograd.grad(
-                [r for r, _ in pairs], wanted, [g for _, g in pairs],
-                create_graph=True, allow_unused=True,
-            )
-        )  # fmt: skip
-    rest = (None,) * (len(ctx.needs_input_grad) - 1 - len(needs))
-    return (None, *(next(found) if need else None for need in needs), *rest)
-
-
-def run_additive_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lengths: Tensor | None,
-    mask: Tensor | None,
-    causal: bool,
-    dropout_p: float,
-    seed: int,
-    want_weights: bool,
-    want_scores: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """context, weights and scores, the latter two empty unless wanted; shapes as the op's."""
-    args = (
-        query, key, value, weight, bias, lengths, mask, causal, dropout_p, seed, want_weights,
-        want_scores,
+    # In the compute dtype, as the kernels: half types would lose what they keep between steps.
+    x, *tensors = (t.to(ops.compute_dtype(t.dtype)) for t in primals)
+    if exists is not None:
+        x = x.new_zeros((*exists.shape, x.shape[1])).masked_scatter(exists.unsqueeze(2), x)
+    states, weights = tensors[: begin - 2], tensors[begin - 2 :]
+    lanes = traits.by_lane(weights, has_biases, lane_count, variation.layer_norm)
+    rows, width = lanes[0].weight_hh.shape
+    sizes = (width, rows // traits.gates)
+    zeros = [x.new_zeros((lane_count, x.shape[1], n)) for n in sizes]
+    hx, cx = (*states, *zeros[len(states) :])
+    factors = reference.layer_factors(
+        (*x.shape[:2], lane_count), sizes, (variation.zoneout_h, variation.zoneout_c),
+        variation.recurrent_dropout, seed, x,
     )  # fmt: skip
-    tensors = (query, key, value, weight, bias)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        context, _, weights, scores = AdditiveAttention.apply(*args)
-    else:
-        context, _, weights, scores = torch.ops.fused_rnn.additive_attention_forward(*args)
-    return context, weights, scores
+    output, h_n, c_n, cells = reference.layer(
+        traits.name, x, hx, cx if traits.has_c else None, lanes, lengths, resets, directions,
+        factors, variation.layer_norm_eps,
+    )  # fmt: skip
+    if exists is not None:
+        output, cells = output[exists], None if cells is None else cells[exists]
+    like = primals[0].dtype
+    results = [output.flatten(-2).to(like), h_n.to(like)]
+    if c_n is not None:
+        results.append(c_n.to(like))
+    if want_cells and cells is not None:
+        results.append(cells)
+    return results
 
 
-class AdditiveAttention(torch.autograd.Function):
-    """Additive attention; backward recomputes the scores from the saved log-sum-exp."""
+def _second_by_reference(
+    call: Call,
+    needed: tuple[bool, bool, bool],
+    given: Sequence[Tensor | None],
+    tangents: Sequence[Tensor | None],
+    rest: Sequence[Tensor | None],
+) -> tuple[Tensor | None, ...]:
+    """As Second."""
+    begin, primals = call[5], [t for t in given[4:] if t is not None]
+    wanted = (
+        needed[0], *(needed[1],) * (begin - 2), *(needed[2],) * (call[6] - begin)
+    )  # fmt: skip
+    reached = [i for i in range(4) if given[i] is not None]
 
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, ...]:
-        return torch.ops.fused_rnn.additive_attention_forward(*args)
+    def gradient(grads: Sequence[Tensor], *primals: Tensor) -> tuple[Tensor, ...]:
+        def reached_results(*primals: Tensor) -> tuple[Tensor, ...]:
+            results = _by_result(call, _by_reference(call, primals, rest))
+            return tuple(results[i] for i in reached)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, ctx.causal, ctx.dropout_p, ctx.seed, _, _ = inputs
-        context, logsumexp, weights, scores = output
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(logsumexp)
-        ctx.wanted = (weights.dim() == 3, scores.dim() == 3)
-        ctx.save_for_backward(*tensors, context, logsumexp)
+        found: tuple[Tensor, ...] = _vjp(reached_results, *primals)[1](tuple(grads))
+        return found
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        *tensors, context, logsumexp = ctx.saved_tensors
-        grad_context, _, grad_weights, grad_scores = grads
-        given = (
-            grad_context,
-            grad_weights if ctx.wanted[0] else None,
-            grad_scores if ctx.wanted[1] else None,
-        )
-        if all(grad is None for grad in given):
-            return (None,) * len(ctx.needs_input_grad)
-        if torch.is_grad_enabled():
-            return _differentiable_attention_backward(ctx, given, tensors)
-        found = torch.ops.fused_rnn.additive_attention_backward(
-            *given, *tensors, ctx.causal, ctx.dropout_p, ctx.seed, context, logsumexp
-        )
-        needed = zip(found, ctx.needs_input_grad[:5], strict=True)
-        return (*(d if need else None for d, need in needed), *(None,) * 7)
+    grads = [g for g in given[:4] if g is not None]
+    of_primals, pull = _vjp(gradient, grads, *primals)
+    of_grads, *changes = pull(tuple(_or_zeros(tangents[4:], primals)))
+    if any(tangents[i] is not None for i in reached):
+        more = gradient(_or_zeros([tangents[i] for i in reached], grads), *primals)
+        changes = [a + b for a, b in zip(changes, more, strict=True)]
+    found = dict(zip(reached, of_grads, strict=True))
+    return (
+        *(found.get(i) for i in range(4)),
+        *(d if is_wanted else None for d, is_wanted in zip(of_primals, wanted, strict=True)),
+        *(d if is_wanted else None for d, is_wanted in zip(changes, wanted, strict=True)),
+    )
 
 
-def _differentiable_attention_backward(
-    ctx: Any, grads: Sequence[Tensor | None], tensors: Sequence[Tensor | None]
+def _vjp(function: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., Any]]:
+    results, pull, *_ = torch.func.vjp(function, *primals)
+    return results, pull
+
+
+def _tangents_of(
+    function: Callable[..., Any], primals: Sequence[Any], tangents: Sequence[Tensor | None]
 ) -> tuple[Any, ...]:
-    """The gradient under ``create_graph=True``: through the reference, as for layers."""
-    with torch.enable_grad():
-        aliases = [None if t is None else t.view_as(t) for t in tensors[:5]]
-        query, key, value, weight, bias = (
-            None if t is None else t.to(ops.compute_dtype(t.dtype)) for t in aliases
-        )
-        assert query is not None and key is not None and value is not None and weight is not None
-        shape = (query.shape[0], query.shape[1], key.shape[1])
-        allowed = reference.allowed_pairs(shape, tensors[5], tensors[6], ctx.causal, query.device)
-        keep = reference.dropout_keep(ctx.seed, shape, ctx.dropout_p, query)
-        context, weights, scores = reference.additive_attention(
-            query, key, value, weight, bias, allowed, keep
-        )
-        # A score that is not allowed is a constant; its -inf must not meet a gradient.
-        pairs = [
-            (r, g.to(r.dtype))
-            for r, g in zip((context, weights, scores.masked_fill(~allowed, 0)), grads, strict=True)
-            if g is not None
-        ]
-        needs = ctx.needs_input_grad[:5]
-        wanted = [t for t, need in zip(aliases, needs, strict=True) if need]
-        found = iter(
-            torch.autograd.grad(
-                [r for r, _ in pairs], wanted, [g for _, g in pairs],  # type: ignore[arg-type]
-                create_graph=True, allow_unused=True,
-            )
-        )  # fmt: skip
-    return (*(next(found) if need else None for need in needs), *(None,) * 7)
+    _, found, *_ = torch.func.jvp(function, tuple(primals), tuple(_or_zeros(tangents, primals)))
+    return found  # type: ignore[no-any-return]
+
+
+def _or_zeros(tensors: Sequence[Tensor | None], like: Sequence[Any]) -> list[Tensor]:
+    return [torch.zeros_like(b) if a is None else a for a, b in zip(tensors, like, strict=True)]
+
+
+def _again(ctx: Any) -> tuple[Any, list[Tensor | None]]:
+    """Second as a function of those of its arguments that are there, and all of them."""
+    call, needed = ctx.call, ctx.needed
+    n = 2 * (4 + call[6] - 1)
+    given, rest = list(ctx.saved_tensors[:n]), ctx.saved_tensors[n:]
+
+    def again(*there: Tensor) -> tuple[Tensor, ...]:
+        left = iter(there)
+        full = [None if t is None else next(left) for t in given]
+        found = _second_by_reference(call, needed, full[: n // 2], full[n // 2 :], rest)
+        return tuple(t for t, is_there in zip(found, ctx.there, strict=True) if is_there)  # type: ignore[misc]
+
+    return again, given

@@ -50,12 +50,17 @@ def forward(
         cell, weights, has_biases, lanes, layer_norm
     )
     hh = _stack(weight_hh)
-    T, B, _ = input.shape
+    T, B = input.shape[:2]
     biased = has_biases and layer_norm != _SEPARATE
     late_bias = _stack(bias_ih) if has_biases and not biased else None
-    gates = _linear(input, _concatenate(weight_ih), _concatenate(bias_ih) if biased else None)
+    if input.dim() == 3:
+        gates = _linear(input, _concatenate(weight_ih), _concatenate(bias_ih) if biased else None)
+        gates = gates.view(T, B, lanes, hh.shape[1])
+    else:
+        gates = torch.einsum("tbli,lgi->tblg", input, _stack(weight_ih))
+        gates = gates + _stack(bias_ih) if biased else gates
     output, h_n, c_n, reserve, cells, unprojected, *statistics = recurrence(
-        gates.view(T, B, lanes, hh.shape[1]), *_states(states), hh,
+        gates, *_states(states), hh,
         _stack(bias_hh) if has_biases else None, _stack(weight_hr) if weight_hr else None,
         _stack(weight_ch) if weight_ch else None, lengths, resets, directions, save, want_cells,
         *_varied(norms, late_bias, variation),
@@ -104,7 +109,8 @@ def backward(
     weight_ih, weight_hh, _, _, weight_hr, weight_ch, *norms = _by_kind(
         cell, weights, has_biases, lanes, layer_norm
     )
-    T, B, I = input.shape  # noqa: E741
+    T, B, I = *input.shape[:2], input.shape[-1]  # noqa: E741
+    per_lane = input.dim() == 4
     output = output.unflatten(2, (lanes, -1))
     none = input.new_empty(0)
     left = iter(saved)
@@ -125,14 +131,19 @@ def backward(
     gate_rows = d_input_gates.shape[-1]
     d_inputs = d_input_gates.view(T * B, lanes * gate_rows)
     results = []
-    if need_input:
+    if need_input and per_lane:
+        results.append(torch.einsum("tblg,lgi->tbli", d_input_gates, _stack(weight_ih)))
+    elif need_input:
         results.append((d_inputs @ _concatenate(weight_ih)).view(T, B, I))
     if need_states:
         results += [d_hx, d_cx] if cell.has_c else [d_hx]
     if not need_weights:
         return results
-    read = reference.mask_beyond(input, lengths).reshape(T * B, I)
-    d_weight_ih = _unstack((d_inputs.t() @ read).view(lanes, gate_rows, I))
+    read = reference.mask_beyond(input, lengths)
+    if per_lane:
+        d_weight_ih = _unstack(torch.einsum("tblg,tbli->lgi", d_input_gates, read))
+    else:
+        d_weight_ih = _unstack((d_inputs.t() @ read.reshape(T * B, I)).view(lanes, gate_rows, I))
     d_own = _unit_gradients(cell, d_unit_weights, lanes, layer_norm or 0, input.dtype)
     if layer_norm == _SEPARATE:
         # What is added to a normalised gate has one gradient, whatever it is called.

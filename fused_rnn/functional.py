@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
-from .autograd import run_additive_attention, run_layer
+from .additive import run_additive_attention
+from .autograd import run_layer
 from .heads import block_diagonal, run_heads
 
 
@@ -353,6 +354,8 @@ def run(
     dims = 3 if batch_sizes is None else 2
     if input.dim() != dims:
         raise RuntimeError(f"input must have {dims} dimensions, got {input.dim()}")
+    if input.is_complex():  # to the ops that means duals
+        raise RuntimeError(f"Expected input of a real floating dtype, got {input.dtype}")
     given = None
     if torch._C._is_any_autocast_enabled():
         given = (states[0] if states else input).dtype
@@ -368,6 +371,9 @@ def run(
     if resets is not None:
         resets = _check_resets(resets, T, _batch_size(input, batch_sizes), input, batch_first)
     directions = 2 if bidirectional else 1
+    if not states and torch.compiler.is_exporting():
+        # A package of AOTInductor loads no op whose list of states is empty.
+        states = _zero_states(cell, params[1], num_layers * directions, input)
     variation = None if options is None else _variation(options, train)
     layers = (
         cell, input, states, params, has_biases, num_layers, directions, batch_sizes, variation,
@@ -406,7 +412,7 @@ def takes_packed(data: Tensor) -> bool:
 
     B is among their values, so that where values are not known, sequences must be padded.
     """
-    return _is_plain_on_cpu(data)
+    return _is_plain_on_cpu(data) and not torch._C._are_functorch_transforms_active()
 
 
 def _is_plain_on_cpu(tensor: Tensor) -> bool:
@@ -489,6 +495,12 @@ def _varied_weight_hh(weight_hh: Tensor, dropout: float, variation: ops.Variatio
         # A normalisation takes all heads together, which lanes are not.
         weight_hh = block_diagonal(weight_hh)
     return weight_hh
+
+
+def _zero_states(cell: str, weight_hh: Tensor, count: int, input: Tensor) -> list[Tensor]:
+    H, heads = _hidden_size(cell, weight_hh)
+    widths = (H if heads else weight_hh.shape[1], H)[: 1 + ops.CELLS[cell].has_c]
+    return [weight_hh.new_zeros((count, input.shape[1], n)) for n in widths]
 
 
 def _batch_size(input: Tensor, batch_sizes: Tensor | None) -> int:

@@ -110,7 +110,12 @@ def backward_op(cell: str, varied: bool = False) -> OpOverload:
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type that values stored as ``dtype`` are accumulated in; cell states are kept in it."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def has_duals(device: torch.device) -> bool:
+    """Whether the layer ops take dual numbers there, as complex tensors."""
+    return device.type in ("cpu", "meta")
 
 
 def _check_devices(input: Tensor, *others: Tensor) -> None:
@@ -125,8 +130,7 @@ def _check_devices(input: Tensor, *others: Tensor) -> None:
 def _time(input: Tensor, states: Sequence[Tensor], batch_sizes: Tensor | None) -> tuple[int, int]:
     """T and B; B is among the values of ``batch_sizes``, and may have to stay unknown."""
     if batch_sizes is None:
-        T, B, _ = input.shape
-        return T, B
+        return input.shape[0], input.shape[1]
     if batch_sizes.device.type != "cpu":
         raise RuntimeError(f"Expected batch_sizes on the CPU, got {batch_sizes.device}")
     T = batch_sizes.shape[0]
@@ -157,7 +161,7 @@ def _register_fakes(cell: CellTraits) -> None:
     ) -> list[Tensor]:
         _check_devices(input, *states, *weights)
         T, B = _time(input, states, batch_sizes)
-        rows = input.shape[:-1]  # (T, B) or, packed, (N,)
+        rows = input.shape[:2] if batch_sizes is None else input.shape[:1]
         H, P = weights[1].shape[0] // cell.gates, weights[1].shape[1]
         projected = len(weights) // lanes > cell.weights(has_biases, layer_norm or 0)
         new = input.new_empty

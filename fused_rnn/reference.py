@@ -178,10 +178,11 @@ def beyond(lengths: Tensor, T: int) -> Tensor:
 
 
 def mask_beyond(sequence: Tensor, lengths: Tensor | None) -> Tensor:
-    """A (T, B, n) sequence with zeros for whatever stands where no timestep is."""
+    """A (T, B, ...) sequence with zeros for whatever stands where no timestep is."""
     if lengths is None:
         return sequence
-    return sequence.masked_fill(beyond(lengths, sequence.shape[0]).unsqueeze(-1), 0)
+    where = beyond(lengths, sequence.shape[0])
+    return sequence.masked_fill(where.view(*where.shape, *(1,) * (sequence.dim() - 2)), 0)
 
 
 def recurrent_product(h: Tensor, weight_hh: Tensor) -> Tensor:
@@ -198,8 +199,13 @@ def recurrent_product(h: Tensor, weight_hh: Tensor) -> Tensor:
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """Ba et al. 2016 (arXiv 1607.06450) over the last dimension."""
-    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    """Ba et al. 2016 (arXiv 1607.06450, eq. 4) over the last dimension.
+
+    As ``F.layer_norm``, of which torch gets the second derivative in forward mode wrong.
+    """
+    distance = x - x.mean(-1, keepdim=True)
+    normal = distance * torch.rsqrt(distance.square().mean(-1, keepdim=True) + eps)
+    return normal if weight is None or bias is None else normal * weight + bias
 
 
 def normalised_gates(
@@ -338,6 +344,7 @@ def layer(
     """Runs one layer: one direction per entry of ``weights``, the second backwards in time.
 
     With ``directions`` there may be more entries: of two directions every second runs backwards.
+    Input (T, B, D, I) has one for each.
 
     Takes hx (D, B, P) and cx (D, B, H); returns output (T, B, D, P), h_n (D, B, P), and for lstm
     c_n (D, B, H) and cells (T, B, D, H), else None.
@@ -345,8 +352,9 @@ def layer(
     both = (directions or len(weights)) == 2
     results = [
         direction(
-            cell, input, hx[d], None if cx is None else cx[d], w, both and d % 2 == 1, lengths,
-            resets, factors[d] if factors else NO_FACTORS, eps,
+            cell, input if input.dim() == 3 else input[:, :, d], hx[d],
+            None if cx is None else cx[d], w, both and d % 2 == 1, lengths, resets,
+            factors[d] if factors else NO_FACTORS, eps,
         )
         for d, w in enumerate(weights)
     ]  # fmt: skip

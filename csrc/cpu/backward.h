@@ -126,7 +126,7 @@ class Backward {
                 for (int64_t k = 0; k < chunks.steps * phases_per_step(); ++k)
                   step_phase(part, chunk, k);
               });
-    if (p.d_input && p.L > 1) add_lanes();
+    if (adds_lanes()) add_lanes();
   }
 
   void take_memory(Arena& arena) {
@@ -164,7 +164,7 @@ class Backward {
       d_unit_rows = arena.take<C>(p.L * p.B * unit_weights_width());
       d_unit_sums = arena.take<C>(p.L * unit_weights_width());
     }
-    if (p.d_input) other_d_inputs = arena.take<C>((p.L - 1) * p.T * p.B * p.I);
+    if (adds_lanes()) other_d_inputs = arena.take<C>((p.L - 1) * p.T * p.B * p.I);
   }
 
  private:
@@ -180,6 +180,8 @@ class Backward {
 
   // Unless gates are split, the first two weights have the same d_gates.
   bool packs_strips(int g) const { return g != 1 || split_gates; }
+  // Whether lanes have read the same input; then each leaves its gradient in a place of its own.
+  bool adds_lanes() const { return p.d_input && p.L > 1 && p.d_input.stride_l == 0; }
   bool multiplies() const { return p.d_input || gradient_count; }
   int64_t norm_phases() const { return norm == LayerNorm::none ? 0 : 1 + Cell::has_c; }
   int64_t phases_per_step() const { return 1 + (p.projected || Cell::late_gate) + norm_phases(); }
@@ -718,8 +720,8 @@ class Backward {
         {d_gates + share.begin * gates_width, gates_width / E::depth, share.end - share.begin},
         [&](int64_t r, int64_t unit, int64_t n, V value) {
           const Place& at = place[share.begin + r];
-          if (lane == 0)
-            Memory<V>::store(value, p.d_input.at<S>(at.t, at.b, 0) + unit, n);
+          if (lane == 0 || !adds_lanes())
+            Memory<V>::store(value, p.d_input.at<S>(at.t, at.b, lane) + unit, n);
           else
             Memory<V>::store(value, other_d_input(lane, at.t, at.b) + unit, n);
         });
@@ -887,7 +889,6 @@ class Backward {
                          p.H - unit);
   }
 
-  // Lanes read the same input; each has left its gradient in a place of its own.
   void add_lanes() {
     parallel(host, p.B, division.parallel, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b)

@@ -89,7 +89,8 @@ struct Pairs {
 };
 #endif
 
-// A dual's two numbers are broadcast each to a vector of their own.
+// A dual's two numbers are broadcast each to a vector of their own. Where the columns' tangents are zero,
+// which is so for weights unless somebody asks for their direction, a third of the work falls away.
 template <class T>
 struct Plain<Dual<T>> {
   using V = Vector<Dual<T>>;
@@ -101,8 +102,19 @@ struct Plain<Dual<T>> {
 
   static HOST_DEVICE V broadcast(const Word& x) { return V(x); }
   static HOST_DEVICE V multiply_add(const V& a, const V& b, const V& sum) {
-    return {sum.value + a.value * b.value,
-            sum.tangent + a.value * b.tangent + a.tangent * b.value};
+    return {sum.value + a.value * b.value, sum.tangent + a.value * b.tangent + a.tangent * b.value};
+  }
+  static HOST_DEVICE V multiply_value_add(const V& a, const V& b, const V& sum) {
+    return {sum.value + a.value * b.value, sum.tangent + a.value * b.tangent};
+  }
+  static bool has_tangents(const Value* packed, int64_t count) {
+    bool any = false;
+    for (int64_t i = 0; i < count; i += V::size) {
+      V x;
+      memcpy(static_cast<void*>(&x), packed + i, sizeof(x));
+      for (int lane = 0; lane < V::size; ++lane) any |= x.tangent.v[lane] != 0;
+    }
+    return any;
   }
   static HOST_DEVICE V load(const Value* from) { return V::load(from); }
   static HOST_DEVICE void store(V x, Value* to) { x.store(to); }
@@ -113,6 +125,11 @@ struct Plain<Dual<T>> {
     return rows[0] ? Memory<V>::load(rows[0], count) : V(0);
   }
 };
+
+template <class E>
+constexpr bool is_dual = false;
+template <class T>
+constexpr bool is_dual<Plain<Dual<T>>> = true;
 
 template <class S>
 struct OperandOf {
@@ -177,8 +194,9 @@ struct PanelPlace {
 
 constexpr int64_t words_in_a_row = 256;
 
-// N panels at once; more than one only where R*W accumulators are too few to keep the units busy.
-template <class E, int W, int R, int N, Layout layout>
+// N panels at once; more than one only where R*W accumulators are too few to keep the units busy. With
+// values_only the columns are duals without tangents.
+template <class E, int W, int R, int N, Layout layout, bool values_only = false>
 void product(const typename E::Word* a, int64_t a_stride, int64_t words,
              const PanelPlace<E>& place) {
   using V = typename E::V;
@@ -204,13 +222,19 @@ void product(const typename E::Word* a, int64_t a_stride, int64_t words,
       for (int n = 0; n < N; ++n) {
         V columns[W];
 #pragma GCC unroll 16
-        for (int w = 0; w < W; ++w) memcpy(static_cast<void*>(&columns[w]), panel[n] + w * vector_values, sizeof(V));
+        for (int w = 0; w < W; ++w)
+          memcpy(static_cast<void*>(&columns[w]), panel[n] + w * vector_values, sizeof(V));
         panel[n] += W * vector_values;
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
           const V x = E::broadcast(a[r * r_step + i * k_step]);
 #pragma GCC unroll 16
-          for (int w = 0; w < W; ++w) sum[n][r][w] = E::multiply_add(columns[w], x, sum[n][r][w]);
+          for (int w = 0; w < W; ++w) {
+            if constexpr (values_only)
+              sum[n][r][w] = E::multiply_value_add(columns[w], x, sum[n][r][w]);
+            else
+              sum[n][r][w] = E::multiply_add(columns[w], x, sum[n][r][w]);
+          }
         }
       }
     }
@@ -230,9 +254,9 @@ void product(const typename E::Word* a, int64_t a_stride, int64_t words,
 template <class E>
 using ProductFn = void (*)(const typename E::Word*, int64_t, int64_t, const PanelPlace<E>&);
 
-template <class E, int W, int... R>
+template <class E, int W, bool values_only, int... R>
 ProductFn<E> select_product(int rows, std::integer_sequence<int, R...>) {
-  static constexpr ProductFn<E> table[] = {product<E, W, R + 1, 1, Layout::rows>...};
+  static constexpr ProductFn<E> table[] = {product<E, W, R + 1, 1, Layout::rows, values_only>...};
   return table[rows - 1];
 }
 
@@ -311,6 +335,7 @@ class Panels {
   void take_memory(Arena& arena, int64_t lanes, bool with_bias = false) {
     weights = arena.template take<Value>(lanes * count * panel_size);
     bias = with_bias ? arena.template take<C>(lanes * count * W * V::size) : nullptr;
+    if constexpr (is_dual<E>) tangents = arena.template take<bool>(lanes * count);
   }
 
   template <class S>
@@ -329,6 +354,8 @@ class Panels {
         (here > 0 ? Memory<V>::load(bias_from + gate * source.units + first, here) : V(0))
             .store(panel_bias(lane, i) + w * V::size);
     }
+    if constexpr (is_dual<E>)
+      tangents[lane * count + i] = E::has_tangents(panel(lane, i), panel_size);
   }
 
   // One row of the product with panel i from weights as they lie in memory, k_stride 1: for so few rows
@@ -406,9 +433,9 @@ class Panels {
                                   out ? out + i * out_stride + first * row_size : buffer,
                                   out ? out_stride : row_size,
                                   row_size};
-        const ProductFn<E> run =
-            taken == N ? product<E, W, 1, N, Layout::rows>
-                       : select_product<E, W>(height, std::make_integer_sequence<int, R>());
+        const ProductFn<E> run = has_tangents(lane, i, taken)
+                                     ? choose_product<false>(height, taken)
+                                     : choose_product<is_dual<E>>(height, taken);
         run(words + first * rows.stride, rows.stride, word_count<E>(of_k), place);
         for (int64_t n = 0; n < taken; ++n)
           each(i + n, first, height, place.tile + n * place.tile_stride);
@@ -433,6 +460,21 @@ class Panels {
   }
 
  private:
+  template <bool values_only>
+  static ProductFn<E> choose_product(int rows, int64_t panels) {
+    constexpr int R = max_rows<V>(W), N = panels_of_one_row(W);
+    if (panels == N) return product<E, W, 1, N, Layout::rows, values_only>;
+    return select_product<E, W, values_only>(rows, std::make_integer_sequence<int, R>());
+  }
+
+  // Whether one of these panels is of duals with tangents.
+  bool has_tangents(int64_t lane, int64_t first, int64_t panels) const {
+    if constexpr (is_dual<E>)
+      for (int64_t i = first; i < first + panels; ++i)
+        if (tangents[lane * count + i]) return true;
+    return false;
+  }
+
   Value* panel(int64_t lane, int64_t i) const { return weights + (lane * count + i) * panel_size; }
   C* panel_bias(int64_t lane, int64_t i) const { return bias + (lane * count + i) * W * V::size; }
 
@@ -467,4 +509,5 @@ class Panels {
   const int64_t panel_size;
   Value* weights = nullptr;  // [lane][panel][word of k][gate][unit of panel]
   C* bias = nullptr;         // [lane][panel][gate][unit of panel]
+  bool* tangents = nullptr;  // [lane][panel], of duals: whether there are any
 };
