@@ -33,7 +33,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return gpu.run(options, torch.device("cpu") if options.plan else _device(options.device))
     if importlib.util.find_spec("rich") is None:
         raise SystemExit("The benchmark needs rich: pip install fused_rnn[bench]")
+    if options.command == "transforms":
+        return _transforms()
     return _measure(options)
+
+
+def _transforms() -> int:
+    import fused_rnn
+
+    from . import report, transforms
+
+    console = report.console()
+    libraries = {"torch.nn": torch.nn, "fused_rnn": fused_rnn}
+    rows = []
+    with report.progress(console) as progress:
+        total = len(transforms.CHECKS) * len(transforms.CELLS) * len(libraries)
+        task = progress.add_task("", total=total)
+        for row in transforms.table(libraries, lambda s: progress.update(task, description=s)):
+            rows.append(row)
+            progress.advance(task)
+    console.print(report.transforms_table(rows))
+    failed = [row for row in rows if row[1] == "fused_rnn" and row[3] is not None]
+    for check, _, cell, error in failed:
+        console.print(f"FAILED {cell}, {check}: {error}", style="red", soft_wrap=True)
+    return 1 if failed else 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -49,6 +72,8 @@ def _parser() -> argparse.ArgumentParser:
         _measuring_options(command)
     text = "the sweep on a GPU: layers and attention over shapes, dtypes and modes"
     gpu.add_arguments(commands.add_parser("gpu", help=text, description=text))
+    text = "which of torch's transforms work: compile, export, vmap, higher derivatives and others"
+    commands.add_parser("transforms", help=text, description=text)
     commands.add_parser("doctor", help="what is installed, what works here, what to do about it")
     _measuring_options(parser)
     parser.set_defaults(command="quick")

@@ -148,3 +148,19 @@ def _milliseconds(seconds: float) -> str:
 
 def _in_order(values: Iterable[Any]) -> list[Any]:
     return list(dict.fromkeys(values))
+
+
+def transforms_table(rows: Sequence[tuple[str, str, str, str | None]]) -> Table:
+    """One line per check; yes or no for every library and cell."""
+    columns = _in_order(f"{library} {cell}" for _, library, cell, _ in rows)
+    result = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    result.add_column("transform")
+    for column in columns:
+        result.add_column(column.replace(" ", "\n"), justify="right")
+    for check in _in_order(check for check, *_ in rows):
+        found = {f"{library} {cell}": error for name, library, cell, error in rows if name == check}
+        result.add_row(
+            check,
+            *(Text("yes") if found[c] is None else Text("no", style="red") for c in columns),
+        )
+    return result

@@ -198,7 +198,7 @@ class TransformedLayer(Layer):
         ctx.results = len(output)
 
     @staticmethod
-    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+    def jvp(ctx: Any, _call: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         call, n = ctx.call, ctx.call[6] - 1
         primals, rest = ctx.saved_tensors[:n], ctx.saved_tensors[n:] or _NO_REST
         found = Tangent.apply(call, *primals, *tangents[:n], *rest)
@@ -258,12 +258,14 @@ class Gradient(torch.autograd.Function):
         return (None, None, *of_results, *of_primals, *(None,) * (count - 6 - n))
 
     @staticmethod
-    def jvp(ctx: Any, _: None, __: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+    def jvp(
+        ctx: Any, _call: None, _needed: None, *tangents: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         n, tensors = ctx.call[6] - 1, ctx.saved_tensors
-        *_, found = _second(
+        _, _, changes = _second(
             ctx.call, ctx.needed, tensors[: 4 + n], tangents[: 4 + n], tensors[4 + n :]
         )
-        return tuple(d for d in found if d is not None)
+        return tuple(d for d in changes if d is not None)
 
     @staticmethod
     def vmap(info: Any, dims: tuple[Any, ...], call: Call, needed: Any, *tensors: Any) -> Any:
@@ -335,7 +337,7 @@ class Tangent(torch.autograd.Function):
         return (None, *of_primals, *of_tangents, *_NO_REST)
 
     @staticmethod
-    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+    def jvp(ctx: Any, _call: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         call, n, tensors = ctx.call, ctx.call[6] - 1, ctx.saved_tensors
         rest = tensors[2 * n :]
 
@@ -345,7 +347,7 @@ class Tangent(torch.autograd.Function):
             )
 
         primals = (*tensors[:n], *_or_zeros(tensors[n : 2 * n], tensors[:n]))
-        return _tangents_of(tangent, primals, tangents[: 2 * n])
+        return Differentiable.tangents(tangent, primals, tangents[: 2 * n])
 
     @staticmethod
     def vmap(info: Any, dims: tuple[Any, ...], call: Call, *tensors: Any) -> Any:
@@ -397,23 +399,24 @@ class Second(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         ctx.call, ctx.needed, *tensors = inputs
         ctx.there = [result is not None for result in output]
-        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         again, given = _again(ctx)
-        results, pull = _vjp(again, *(t for t in given if t is not None))
-        present = [g for g, r in zip(grads, ctx.there, strict=True) if r]
-        found = iter(pull(tuple(_or_zeros(present, results))))
+        found = iter(
+            Differentiable.gradients(
+                again, [t for t in given if t is not None], [g for g in grads if g is not None]
+            )
+        )
         return (None, None, *(None if t is None else next(found) for t in given), *_NO_REST)
 
     @staticmethod
-    def jvp(ctx: Any, _: None, __: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+    def jvp(ctx: Any, _call: None, _needed: None, *tangents: Any) -> tuple[Tensor | None, ...]:
         again, given = _again(ctx)
         there = [(t, v) for t, v in zip(given, tangents, strict=False) if t is not None]
-        left = iter(_tangents_of(again, [t for t, _ in there], [v for _, v in there]))
+        left = iter(Differentiable.tangents(again, [t for t, _ in there], [v for _, v in there]))
         return tuple(next(left) if is_there else None for is_there in ctx.there)
 
     @staticmethod
@@ -551,6 +554,67 @@ def _second_by_reference(
     )
 
 
+class Differentiable(torch.autograd.Function):
+    """From (function, *tensors) to function(*tensors), a tuple, of torch's operations alone.
+
+    Its derivatives are functions of that kind again, so there are any number of them, in any mode:
+    within the derivative of an autograd.Function torch would not see that of plain operations.
+    """
+
+    @staticmethod
+    def forward(function: Callable[..., tuple[Tensor, ...]], *tensors: Any) -> tuple[Tensor, ...]:
+        return function(*tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        ctx.function, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        return (None, *Differentiable.gradients(ctx.function, ctx.saved_tensors, grads))
+
+    @staticmethod
+    def jvp(ctx: Any, _function: None, *tangents: Tensor | None) -> tuple[Tensor, ...]:
+        return Differentiable.tangents(ctx.function, ctx.saved_tensors, tangents)
+
+    @staticmethod
+    def vmap(info: Any, dims: tuple[Any, ...], function: Any, *tensors: Any) -> Any:
+        batched = torch.func.vmap(function, dims[1:], randomness=info.randomness)
+        results = Differentiable.apply(batched, *tensors)
+        return results, (0,) * len(results)
+
+    @staticmethod
+    def gradients(
+        function: Callable[..., tuple[Tensor, ...]],
+        primals: Sequence[Tensor],
+        grads: Sequence[Tensor],
+    ) -> tuple[Tensor, ...]:
+        """Those of all primals, from the gradients of the results."""
+        n = len(primals)
+
+        def gradient(*given: Tensor) -> tuple[Tensor, ...]:
+            found: tuple[Tensor, ...] = _vjp(function, *given[:n])[1](given[n:])
+            return found
+
+        return Differentiable.apply(gradient, *primals, *grads)
+
+    @staticmethod
+    def tangents(
+        function: Callable[..., tuple[Tensor, ...]],
+        primals: Sequence[Tensor],
+        tangents: Sequence[Tensor | None],
+    ) -> tuple[Tensor, ...]:
+        """Those of the results."""
+        n = len(primals)
+
+        def tangent(*given: Tensor) -> tuple[Tensor, ...]:
+            return _tangents_of(function, given[:n], given[n:])
+
+        return Differentiable.apply(tangent, *primals, *_or_zeros(tangents, primals))
+
+
 def _vjp(function: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., Any]]:
     results, pull, *_ = torch.func.vjp(function, *primals)
     return results, pull
@@ -559,7 +623,9 @@ def _vjp(function: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[...
 def _tangents_of(
     function: Callable[..., Any], primals: Sequence[Any], tangents: Sequence[Tensor | None]
 ) -> tuple[Any, ...]:
-    _, found, *_ = torch.func.jvp(function, tuple(primals), tuple(_or_zeros(tangents, primals)))
+    # Forward mode writes tangents as their primals lie, which then must not lie upon themselves.
+    primals = tuple(t.contiguous() for t in primals)
+    _, found, *_ = torch.func.jvp(function, primals, tuple(_or_zeros(tangents, primals)))
     return found  # type: ignore[no-any-return]
 
 

@@ -412,7 +412,7 @@ def takes_packed(data: Tensor) -> bool:
 
     B is among their values, so that where values are not known, sequences must be padded.
     """
-    return _is_plain_on_cpu(data) and not torch._C._are_functorch_transforms_active()
+    return _is_plain_on_cpu(data)
 
 
 def _is_plain_on_cpu(tensor: Tensor) -> bool:
