@@ -63,7 +63,7 @@ def run_layer(
         output (T, B, D * P), h_n (D, B, P), for lstm c_n (D, B, H), and the cells (T, B, D, H) in
         the compute dtype if wanted.
     """
-    transformed = _is_transformed()
+    transformed = is_transformed()
     if transformed or (
         torch.is_grad_enabled()
         and (input.requires_grad or any([t.requires_grad for t in (*weights, *states)]))
@@ -83,7 +83,7 @@ def run_layer(
     )  # fmt: skip
 
 
-def _is_transformed() -> bool:
+def is_transformed() -> bool:
     """Whether there is more to do than the fast path knows: torch.func, or forward mode."""
     if torch.compiler.is_compiling():
         return False
@@ -304,9 +304,7 @@ class Tangent(torch.autograd.Function):
         n = call[6] - 1
         primals, tangents, rest = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
         if not ops.has_duals(primals[0].device):
-            return _tangents_of(
-                lambda *given: tuple(_by_reference(call, given, rest)), primals, tangents
-            )
+            return _jvp(lambda *given: tuple(_by_reference(call, given, rest)), primals, tangents)
         results = _dual_forward(call, _duals(primals, tangents), rest, save=False)
         like = primals[0].dtype
         kinds = batching.kinds_of_results(call)
@@ -339,15 +337,16 @@ class Tangent(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, _call: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         call, n, tensors = ctx.call, ctx.call[6] - 1, ctx.saved_tensors
-        rest = tensors[2 * n :]
 
-        def tangent(*given: Tensor) -> tuple[Tensor, ...]:
-            return _tangents_of(
-                lambda *primals: tuple(_by_reference(call, primals, rest)), given[:n], given[n:]
-            )
+        def tangent(*given: Any) -> tuple[Tensor, ...]:
+            rest = given[2 * n :]
+            return _jvp(
+                lambda *primals: tuple(_by_reference(call, primals, rest)),
+                given[:n], given[n : 2 * n],
+            )  # fmt: skip
 
-        primals = (*tensors[:n], *_or_zeros(tensors[n : 2 * n], tensors[:n]))
-        return Differentiable.tangents(tangent, primals, tangents[: 2 * n])
+        along = _or_zeros(tensors[n : 2 * n], tensors[:n])
+        return tangents_of(tangent, (*tensors[:n], *along, *tensors[2 * n :]), tangents)
 
     @staticmethod
     def vmap(info: Any, dims: tuple[Any, ...], call: Call, *tensors: Any) -> Any:
@@ -403,21 +402,27 @@ class Second(torch.autograd.Function):
         ctx.save_for_forward(*tensors)
 
     @staticmethod
+    def _function(call: Call, needed: tuple[bool, bool, bool]) -> Callable[..., Any]:
+        """The results that there are, by the reference."""
+        n = 4 + call[6] - 1
+
+        def function(*given: Any) -> tuple[Tensor, ...]:
+            found = _second_by_reference(call, needed, given[:n], given[n : 2 * n], given[2 * n :])
+            return tuple(t for t in found if t is not None)
+
+        return function
+
+    @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        again, given = _again(ctx)
-        found = iter(
-            Differentiable.gradients(
-                again, [t for t in given if t is not None], [g for g in grads if g is not None]
-            )
-        )
-        return (None, None, *(None if t is None else next(found) for t in given), *_NO_REST)
+        function = Second._function(ctx.call, ctx.needed)
+        given = [g for g in grads if g is not None]
+        return (None, None, *gradients_of(function, ctx.saved_tensors, given))
 
     @staticmethod
     def jvp(ctx: Any, _call: None, _needed: None, *tangents: Any) -> tuple[Tensor | None, ...]:
-        again, given = _again(ctx)
-        there = [(t, v) for t, v in zip(given, tangents, strict=False) if t is not None]
-        left = iter(Differentiable.tangents(again, [t for t, _ in there], [v for _, v in there]))
-        return tuple(next(left) if is_there else None for is_there in ctx.there)
+        function = Second._function(ctx.call, ctx.needed)
+        found = iter(tangents_of(function, ctx.saved_tensors, tangents))
+        return tuple(next(found) if is_there else None for is_there in ctx.there)
 
     @staticmethod
     def vmap(info: Any, dims: tuple[Any, ...], call: Call, needed: Any, *tensors: Any) -> Any:
@@ -537,11 +542,11 @@ def _second_by_reference(
             results = _by_result(call, _by_reference(call, primals, rest))
             return tuple(results[i] for i in reached)
 
-        found: tuple[Tensor, ...] = _vjp(reached_results, *primals)[1](tuple(grads))
+        found: tuple[Tensor, ...] = vjp(reached_results, *primals)[1](tuple(grads))
         return found
 
     grads = [g for g in given[:4] if g is not None]
-    of_primals, pull = _vjp(gradient, grads, *primals)
+    of_primals, pull = vjp(gradient, grads, *primals)
     of_grads, *changes = pull(tuple(_or_zeros(tangents[4:], primals)))
     if any(tangents[i] is not None for i in reached):
         more = gradient(_or_zeros([tangents[i] for i in reached], grads), *primals)
@@ -555,72 +560,97 @@ def _second_by_reference(
 
 
 class Differentiable(torch.autograd.Function):
-    """From (function, *tensors) to function(*tensors), a tuple, of torch's operations alone.
+    """From (function, *arguments) to function(*arguments), a tuple, of torch's operations alone.
 
     Its derivatives are functions of that kind again, so there are any number of them, in any mode:
     within the derivative of an autograd.Function torch would not see that of plain operations.
+    Arguments are tensors or None, and all there are: a tensor that ``function`` brought along could
+    be that of another transform. Derivatives are by those of a floating dtype.
     """
 
     @staticmethod
-    def forward(function: Callable[..., tuple[Tensor, ...]], *tensors: Any) -> tuple[Tensor, ...]:
-        return function(*tensors)
+    def forward(function: Callable[..., tuple[Tensor, ...]], *arguments: Any) -> tuple[Any, ...]:
+        return function(*arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        ctx.function, *tensors = inputs
-        ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
+        ctx.function, *arguments = inputs
+        ctx.save_for_backward(*arguments)
+        ctx.save_for_forward(*arguments)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        return (None, *Differentiable.gradients(ctx.function, ctx.saved_tensors, grads))
+        return (None, *gradients_of(ctx.function, ctx.saved_tensors, grads))
 
     @staticmethod
     def jvp(ctx: Any, _function: None, *tangents: Tensor | None) -> tuple[Tensor, ...]:
-        return Differentiable.tangents(ctx.function, ctx.saved_tensors, tangents)
+        return tangents_of(ctx.function, ctx.saved_tensors, tangents)
 
     @staticmethod
-    def vmap(info: Any, dims: tuple[Any, ...], function: Any, *tensors: Any) -> Any:
+    def vmap(info: Any, dims: tuple[Any, ...], function: Any, *arguments: Any) -> Any:
         batched = torch.func.vmap(function, dims[1:], randomness=info.randomness)
-        results = Differentiable.apply(batched, *tensors)
+        results = Differentiable.apply(batched, *arguments)
         return results, (0,) * len(results)
 
-    @staticmethod
-    def gradients(
-        function: Callable[..., tuple[Tensor, ...]],
-        primals: Sequence[Tensor],
-        grads: Sequence[Tensor],
-    ) -> tuple[Tensor, ...]:
-        """Those of all primals, from the gradients of the results."""
-        n = len(primals)
 
-        def gradient(*given: Tensor) -> tuple[Tensor, ...]:
-            found: tuple[Tensor, ...] = _vjp(function, *given[:n])[1](given[n:])
-            return found
+def gradients_of(
+    function: Callable[..., tuple[Tensor, ...]],
+    arguments: Sequence[Tensor | None],
+    grads: Sequence[Tensor],
+) -> tuple[Tensor | None, ...]:
+    """Those of a Differentiable's arguments, from the gradients of its results."""
+    n, there = len(arguments), _floating(arguments)
 
-        return Differentiable.apply(gradient, *primals, *grads)
+    def gradient(*given: Any) -> tuple[Tensor, ...]:
+        _, pull = vjp(_of_some(function, given[:n], there), *(given[i] for i in there))
+        found: tuple[Tensor, ...] = pull(given[n:])
+        return found
 
-    @staticmethod
-    def tangents(
-        function: Callable[..., tuple[Tensor, ...]],
-        primals: Sequence[Tensor],
-        tangents: Sequence[Tensor | None],
-    ) -> tuple[Tensor, ...]:
-        """Those of the results."""
-        n = len(primals)
-
-        def tangent(*given: Tensor) -> tuple[Tensor, ...]:
-            return _tangents_of(function, given[:n], given[n:])
-
-        return Differentiable.apply(tangent, *primals, *_or_zeros(tangents, primals))
+    found = dict(zip(there, Differentiable.apply(gradient, *arguments, *grads), strict=True))
+    return tuple(found.get(i) for i in range(n))
 
 
-def _vjp(function: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., Any]]:
+def tangents_of(
+    function: Callable[..., tuple[Tensor, ...]],
+    arguments: Sequence[Tensor | None],
+    tangents: Sequence[Tensor | None],
+) -> tuple[Tensor, ...]:
+    """Those of a Differentiable's results; tangents may be fewer than arguments."""
+    n, there = len(arguments), _floating(arguments)
+    along = [tangents[i] if i < len(tangents) else None for i in there]
+
+    def tangent(*given: Any) -> tuple[Tensor, ...]:
+        of_some = _of_some(function, given[:n], there)
+        return _jvp(of_some, [given[i] for i in there], given[n:])
+
+    along = list(_or_zeros(along, [arguments[i] for i in there]))
+    return Differentiable.apply(tangent, *arguments, *along)
+
+
+def _floating(arguments: Sequence[Tensor | None]) -> list[int]:
+    return [i for i, t in enumerate(arguments) if t is not None and t.is_floating_point()]
+
+
+def _of_some(
+    function: Callable[..., Any], arguments: Sequence[Any], places: Sequence[int]
+) -> Callable[..., Any]:
+    """The function of the arguments in these places, the others being what they are."""
+
+    def of_some(*given: Tensor) -> Any:
+        full = list(arguments)
+        for i, tensor in zip(places, given, strict=True):
+            full[i] = tensor
+        return function(*full)
+
+    return of_some
+
+
+def vjp(function: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., Any]]:
     results, pull, *_ = torch.func.vjp(function, *primals)
     return results, pull
 
 
-def _tangents_of(
+def _jvp(
     function: Callable[..., Any], primals: Sequence[Any], tangents: Sequence[Tensor | None]
 ) -> tuple[Any, ...]:
     # Forward mode writes tangents as their primals lie, which then must not lie upon themselves.
@@ -631,18 +661,3 @@ def _tangents_of(
 
 def _or_zeros(tensors: Sequence[Tensor | None], like: Sequence[Any]) -> list[Tensor]:
     return [torch.zeros_like(b) if a is None else a for a, b in zip(tensors, like, strict=True)]
-
-
-def _again(ctx: Any) -> tuple[Any, list[Tensor | None]]:
-    """Second as a function of those of its arguments that are there, and all of them."""
-    call, needed = ctx.call, ctx.needed
-    n = 2 * (4 + call[6] - 1)
-    given, rest = list(ctx.saved_tensors[:n]), ctx.saved_tensors[n:]
-
-    def again(*there: Tensor) -> tuple[Tensor, ...]:
-        left = iter(there)
-        full = [None if t is None else next(left) for t in given]
-        found = _second_by_reference(call, needed, full[: n // 2], full[n // 2 :], rest)
-        return tuple(t for t, is_there in zip(found, ctx.there, strict=True) if is_there)  # type: ignore[misc]
-
-    return again, given

@@ -139,6 +139,38 @@ def vmap(
     return tuple(results), tuple(places)
 
 
+def vmap_rows(
+    function: Callable[..., Any],
+    info: Any,
+    dims: Sequence[int | None],
+    head: tuple[Any, ...],
+    tensors: Sequence[Tensor | None],
+    of_rows: Sequence[bool],
+    results_of_rows: Sequence[bool],
+    possible: bool,
+) -> tuple[tuple[Any, ...], tuple[int | None, ...]]:
+    """``function(*head, *tensors)`` over a batch, its rows side by side.
+
+    ``of_rows`` tells the tensors whose first dimension is that of rows, ``results_of_rows`` the
+    results; other tensors have to be the same for all, and it has to be ``possible``. Else calls go
+    one by one.
+    """
+    size = info.batch_size
+    if not possible or any(
+        dim is not None and not rows for dim, rows in zip(dims, of_rows, strict=True)
+    ):
+        return _one_by_one(function, size, dims, head, tensors)
+    merged = [
+        _merge(t, dim, size, 0) if rows else t
+        for t, dim, rows in zip(tensors, dims, of_rows, strict=True)
+    ]
+    found = zip(function(*head, *merged), results_of_rows, strict=True)
+    results = [
+        (r.unflatten(0, (size, r.shape[0] // size)) if rows else r, rows) for r, rows in found
+    ]
+    return tuple(r for r, _ in results), tuple(0 if rows else None for _, rows in results)
+
+
 def _batched(kind: str, kinds: Sequence[str], dims: Sequence[int | None]) -> bool:
     return any(k == kind and d is not None for k, d in zip(kinds, dims, strict=True))
 

@@ -158,10 +158,11 @@ def test_a_gradient_penalty_is_four_calls(length: int) -> None:
 def test_third_derivatives(cell: str) -> None:
     """Through the reference; modes in every order give the same."""
     layer = Case(getattr(fused_rnn, cell), {}).layer()
-    x = draw(2, 1, I)
+    x = draw(2, 2, I)
+    ragged = {"lengths": torch.tensor([2, 1]), "resets": torch.tensor([[True, False]] * 2)}
 
     def loss(x: Tensor) -> Tensor:
-        return total(layer(x))
+        return total(layer(x, **ragged))
 
     expected = jacrev(jacrev(jacrev(loss)))(x)
     for modes in ((jacfwd, jacrev, jacrev), (jacrev, jacfwd, jacrev), (jacfwd, jacfwd, jacrev),
@@ -317,3 +318,79 @@ def test_transforms_give_no_warning_of_ours() -> None:
         vmap(grad(lambda x: total(layer(x))))(draw(4, T, B, I))
         jvp(layer, (draw(T, B, I),), (draw(T, B, I),))
     assert [w for w in caught if not issubclass(w.category, DeprecationWarning)] == []
+
+
+def attention_problem() -> tuple[Callable[..., Any], tuple[Tensor, ...]]:
+    """Additive attention that returns weights too, of query, key, value, weight and bias."""
+    Tq, Tk, A, D = 3, 4, 5, 2
+    mask = torch.rand(B, Tq, Tk) < 0.8
+    lengths = torch.tensor([Tk, 2, 0])
+
+    def function(*tensors: Tensor) -> Any:
+        return functional.additive_attention(
+            *tensors[:4], bias=tensors[4], lengths=lengths, mask=mask, return_weights=True
+        )
+
+    shapes = ((B, Tq, A), (B, Tk, A), (B, Tk, D), (A,), (A,))
+    return function, tuple(draw(*shape) for shape in shapes)
+
+
+@pytest.mark.parametrize("batched", [(0, 2), (0, 1, 2), (3,), (0, 4), range(5)])
+def test_vmap_of_attention(batched: Any) -> None:
+    function, tensors = attention_problem()
+    members = [
+        tuple(t.roll(n, -1) if i in batched else t for i, t in enumerate(tensors)) for n in range(3)
+    ]
+    dims = tuple(0 if i in batched else None for i in range(5))
+    stack = tuple(
+        torch.stack(ts) if i in batched else ts[0]
+        for i, ts in enumerate(zip(*members, strict=True))
+    )
+    assert_same(vmap(function, dims)(*stack), stacked([function(*m) for m in members]))
+    slope = grad(lambda *given: total(function(*given)), tuple(range(5)))
+    with Calls() as calls:
+        found = vmap(slope, dims)(*stack)
+    assert set(calls.names) == {"additive_attention_forward", "additive_attention_backward"}
+    assert_same(found, stacked([slope(*m) for m in members]))
+
+
+def test_derivatives_of_attention() -> None:
+    function, tensors = attention_problem()
+    along, step = tuple(draw(*t.shape).flip(0) for t in tensors), 1e-6
+    _, found = jvp(function, tensors, along)
+    ahead, behind = (
+        function(*(t + s * v for t, v in zip(tensors, along, strict=True))) for s in (step, -step)
+    )
+    slopes = [(a - b) / (2 * step) for a, b in zip(ahead, behind, strict=True)]
+    assert_same(found, tuple(slopes), 1e-6)
+
+    def loss(weight: Tensor) -> Tensor:
+        return total(function(*tensors[:3], weight, tensors[4]))
+
+    expected = jacrev(jacrev(jacrev(loss)))(tensors[3])
+    for modes in ((jacfwd, jacfwd, jacfwd), (jacrev, jacfwd, jacrev), (jacfwd, jacrev, jacrev)):
+        result: Callable[..., Any] = loss
+        for mode in modes:
+            result = mode(result)
+        assert_same(result(tensors[3]), expected, 1e-9)
+
+
+@pytest.mark.parametrize("attention", ["additive", "dot"])
+def test_a_decoder_is_transformed(attention: str) -> None:
+    """A loop over steps with attention in each: vmap, gradients per sample, forward mode."""
+    decoder = fused_rnn.AttentionDecoder(I, 4, 4, attention=attention).double()
+    inputs, memory = draw(4, B, T, I), draw(B, 6, 4)
+    parameters = {name: t.detach() for name, t in decoder.named_parameters()}
+
+    def call(parameters: dict[str, Tensor], inputs: Tensor) -> Tensor:
+        return functional_call(decoder, parameters, (inputs, memory))[0]
+
+    expected = stacked([call(parameters, x) for x in inputs])
+    assert_same(vmap(call, (None, 0))(parameters, inputs), expected)
+    slope = grad(lambda p, x: total(call(p, x)))
+    expected = stacked([slope(parameters, x) for x in inputs])
+    assert_same(vmap(slope, (None, 0))(parameters, inputs), expected)
+    x = inputs[0]
+    found = jvp(lambda x: call(parameters, x), (x,), (x.flip(0),))[1]
+    ahead, behind = (call(parameters, x + s * x.flip(0)) for s in (1e-6, -1e-6))
+    assert_same(found, (ahead - behind) / 2e-6, 1e-6)
