@@ -21,6 +21,7 @@ COMMANDS = {
 
 ATTENTION_S = 2.0  # of timing on each row of the attention command
 OPTION_S = 0.8
+TRANSFORM_S = 2.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,6 +54,15 @@ def _transforms() -> int:
             rows.append(row)
             progress.advance(task)
     console.print(report.transforms_table(rows))
+    with report.progress(console) as progress:
+        task = progress.add_task("", total=4 * len(transforms.CELLS))
+        costs = []
+        for cost in transforms.costs(
+            libraries, TRANSFORM_S, lambda s: progress.update(task, description=s)
+        ):
+            costs.append(cost)
+            progress.advance(task)
+    console.print(report.costs_table(costs))
     failed = [row for row in rows if row[1] == "fused_rnn" and row[3] is not None]
     for check, _, cell, error in failed:
         console.print(f"FAILED {cell}, {check}: {error}", style="red", soft_wrap=True)

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from . import results
+from . import results, transforms
 from .layers import Row, geometric_means
 from .shapes import MODES
 
@@ -163,4 +163,18 @@ def transforms_table(rows: Sequence[tuple[str, str, str, str | None]]) -> Table:
             check,
             *(Text("yes") if found[c] is None else Text("no", style="red") for c in columns),
         )
+    return result
+
+
+def costs_table(costs: Sequence[transforms.Cost]) -> Table:
+    """Ratios of times, one line for each and library."""
+    cells = _in_order(cost.cell for cost in costs)
+    result = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    result.add_column("time / time")
+    result.add_column("of")
+    for cell in cells:
+        result.add_column(cell, justify="right")
+    for what, library in dict.fromkeys((cost.what, cost.library) for cost in costs):
+        found = {c.cell: c.ratio for c in costs if (c.what, c.library) == (what, library)}
+        result.add_row(what, library, *(f"{found[cell]:.2f}" for cell in cells))
     return result

@@ -6,6 +6,7 @@ than the layer called plainly. tests/test_transforms.py runs them with lengths a
 
 from __future__ import annotations
 
+import copy
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,8 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stac
 from torch.nn.utils import parametrize
 from torch.utils import checkpoint
 from torch.utils._pytree import tree_leaves, tree_map
+
+from . import timing
 
 CELLS = ("RNN", "LSTM", "GRU")
 T, B, I, H = 5, 3, 3, 4  # noqa: E741
@@ -411,3 +414,110 @@ def table(
                     yield name, library, cell, run(name, case)
                 except MissingPackageError as error:
                     yield name, library, cell, f"not installed: {error}"
+
+
+# ---- what they cost
+
+
+class Cost(NamedTuple):
+    """A time over another's: ``what``, of which library's cell, the ratio and its quartiles."""
+
+    what: str
+    library: str
+    cell: str
+    ratio: float
+    low: float
+    high: float
+
+
+PENALTY = "step with gradient penalty / step"
+ENSEMBLE = "loop over 8 members / vmap over weights"
+PER_SAMPLE = "loop over 16 samples / vmap(grad)"
+
+
+def costs(
+    libraries: dict[str, Any], budget_s: float, announce: Callable[[str], None]
+) -> Iterator[Cost]:
+    """Times in turns, on results that agree.
+
+    A gradient penalty at T=64, B=16, I=64, H=128: forward, gradient of the input, and the gradient
+    of (its norm - 1)^2; over forward and the gradient of everything. vmap, ours alone, at T=50,
+    B=4, I=H=64 and T=50, B=1, I=H=64: forward and the gradient of all weights.
+    """
+    for library, module in libraries.items():
+        for cell in CELLS:
+            announce(f"{PENALTY}: {library}.{cell}")
+            yield _cost(PENALTY, library, cell, _penalty_runs(getattr(module, cell)), budget_s)
+    for cell in CELLS:
+        kind = getattr(libraries["fused_rnn"], cell)
+        for what, runs in ((ENSEMBLE, _ensemble_runs(kind)), (PER_SAMPLE, _sample_runs(kind))):
+            announce(f"{what}: {cell}")
+            yield _cost(what, "fused_rnn", cell, runs, budget_s)
+
+
+def _cost(
+    what: str, library: str, cell: str, runs: dict[str, Callable[[], Any]], budget_s: float
+) -> Cost:
+    turns = timing.take_turns(runs, torch.device("cpu"), timing.Effort(budget_s))
+    low, middle, high = turns.ratios(*runs)
+    return Cost(what, library, cell, middle, low, high)
+
+
+def _penalty_runs(kind: type[nn.Module]) -> dict[str, Callable[[], Any]]:
+    layer = kind(64, 128)
+    x = draw(64, 16, 64, dtype=torch.float32).requires_grad_()
+    everything = [x, *layer.parameters()]
+
+    def step(layer: nn.Module = layer, x: Tensor = x) -> Any:
+        return torch.autograd.grad(layer(x)[0].sum(), everything)
+
+    def penalty(layer: nn.Module = layer, x: Tensor = x) -> Any:
+        (slope,) = torch.autograd.grad(layer(x)[0].sum(), x, create_graph=True)
+        loss = (slope.norm(dim=-1) - 1).square().mean()
+        return torch.autograd.grad(loss, list(layer.parameters()), allow_unused=True)
+
+    exact = copy.deepcopy(layer).double()
+    found = [g for g in penalty() if g is not None]
+    expected = [g for g in penalty(exact, x.detach().double().requires_grad_()) if g is not None]
+    assert_same(found, expected, tolerance=1e-4)
+    return {"penalty": penalty, "step": step}
+
+
+def _ensemble_runs(kind: type[nn.Module]) -> dict[str, Callable[[], Any]]:
+    members = [kind(64, 64) for _ in range(8)]
+    parameters, _ = stack_module_state(members)
+    x = draw(50, 4, 64, dtype=torch.float32)
+
+    def together() -> Any:
+        outputs = vmap(lambda p, x: functional_call(members[0], p, (x,))[0], (0, None))(
+            parameters, x
+        )
+        return torch.autograd.grad(outputs.square().sum(), list(parameters.values()))
+
+    def loop() -> Any:
+        found = [
+            torch.autograd.grad(member(x)[0].square().sum(), list(member.parameters()))
+            for member in members
+        ]
+        return [torch.stack(of_all) for of_all in zip(*found, strict=True)]
+
+    assert_same(together(), loop(), tolerance=1e-4)
+    return {"loop": loop, "vmap": together}
+
+
+def _sample_runs(kind: type[nn.Module]) -> dict[str, Callable[[], Any]]:
+    layer = kind(64, 64)
+    parameters = {name: t.detach() for name, t in layer.named_parameters()}
+    xs = draw(16, 50, 1, 64, dtype=torch.float32)
+    slope = grad(lambda p, x: functional_call(layer, p, (x,))[0].square().sum())
+
+    def together() -> Any:
+        return list(vmap(slope, (None, 0))(parameters, xs).values())
+
+    def loop() -> Any:
+        own = list(layer.parameters())
+        found = [torch.autograd.grad(layer(x)[0].square().sum(), own) for x in xs]
+        return [torch.stack(of_all) for of_all in zip(*found, strict=True)]
+
+    assert_same(together(), loop(), tolerance=1e-4)
+    return {"loop": loop, "vmap": together}

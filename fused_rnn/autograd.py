@@ -140,7 +140,7 @@ class Layer(torch.autograd.Function):
         rest = tensors[end:count] or _NO_REST
         # Compiled graphs hand over gradients even for outputs marked as having none.
         given = (*grads[: _wanted_results(cell, want_cells)], None, None)[:4]
-        if given == _NO_REST:
+        if given[0] is given[1] is given[2] is given[3] is None:
             return (None,) * count
         needed = (needs[1], True in needs[2:begin], True in needs[begin:])
         if torch.is_grad_enabled():
