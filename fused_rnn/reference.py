@@ -1,7 +1,7 @@
 """The specification: every layer as a plain PyTorch loop over timesteps.
 
-Slow and meant to be read. Tests hold every kernel against it; at run time only third derivatives use
-it (``autograd.py``), because these loops are differentiable any number of times.
+Slow and meant to be read. Tests hold every kernel against it; at run time only third derivatives
+use it (``autograd.py``), because these loops are differentiable any number of times.
 
 Letters: T timesteps, B batch rows, I inputs, H hidden units, P width of h (H without a projection).
 """
