@@ -45,6 +45,10 @@ def convert(model: M) -> M:
     Returns:
         The model; a bare layer returns its twin and is left as it was.
 
+    Raises:
+        RuntimeError: parameters of a layer are sharded (``fully_shard``), for which PyTorch keeps
+            the module that it gathers them into. The model is left as it was; convert it first.
+
     Warns:
         UserWarning: an LSTM of torchaudio's is left alone, since its results would not be the same:
             its two normalisations differ in eps, or a submodule of it was replaced or has hooks (as
@@ -67,6 +71,14 @@ def convert(model: M) -> M:
             warnings.warn(f"fused_rnn.convert leaves {name} as it is: {reason}", stacklevel=3)
         return reason is None
 
+    for path, module in model.named_modules():
+        if _known_layer(type(module)) is None:
+            continue
+        if any(hasattr(parameter, "full_tensor") for parameter in module.parameters()):
+            raise RuntimeError(
+                f"fused_rnn.convert: {path or type(module).__name__} is sharded already, and its "
+                "parameters would be gathered into the module that was; convert before sharding"
+            )
     if has_twin(model, type(model).__name__):
         model = twin(model)  # type: ignore[assignment]
     for path, parent in list(model.named_modules()):
