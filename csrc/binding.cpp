@@ -339,23 +339,45 @@ void on_cpu(const Tensor& like, const Run& run) {
 }
 
 #ifdef FUSED_RNN_PER_STEP
-// A matrix product on prepared operands: the per_step engine runs the same one at every timestep.
+// Of matrices (k, n) of duals those of reals that from the right multiply rows of values and tangents,
+// as they lie in memory: (2*k, 2*n), for every w + w' e the block [[w, w'], [0, w]]. `duals` is their
+// real view (L, k, n, 2).
+Tensor real_blocks(const Tensor& duals) {
+  const int64_t lanes = duals.size(0), k = duals.size(1), n = duals.size(2);
+  const Tensor blocks = torch::stable::new_zeros(duals, {lanes, k, 2, n, 2});
+  Tensor of_values = torch::stable::select(blocks, 2, 0);
+  torch::stable::copy_(of_values, duals);
+  Tensor of_tangents = torch::stable::select(torch::stable::select(blocks, 2, 1), 3, 1);
+  torch::stable::copy_(of_tangents, torch::stable::select(duals, 3, 0));
+  return torch::stable::view(blocks, {lanes, 2 * k, 2 * n});
+}
+
+// A matrix product on prepared operands: the per_step engine runs the same one at every timestep. One
+// of duals is a real one.
 std::function<void()> prepare_product(const cuda::Product& p, const Tensor& like) {
-  const auto matrix = [&](const void* data, int64_t rows, int64_t columns, bool transposed,
-                          int64_t lane_stride = 0) {
-    std::vector<int64_t> sizes{p.lanes, rows, columns};
-    std::vector<int64_t> strides{lane_stride ? lane_stride : rows * columns,
-                                 transposed ? 1 : columns, transposed ? rows : 1};
-    if (p.lanes == 1) {
-      sizes.erase(sizes.begin());
-      strides.erase(strides.begin());
-    }
-    return torch::stable::from_blob(const_cast<void*>(data), sizes, strides, like.device(),
-                                    like.scalar_type());
+  const bool dual = p.dtype == DType::dual32 || p.dtype == DType::dual64;
+  const ScalarType type = p.dtype == DType::dual32   ? ScalarType::Float
+                          : p.dtype == DType::dual64 ? ScalarType::Double
+                                                     : like.scalar_type();
+  const auto tensor = [&](const void* data, Sizes sizes, Sizes strides) {
+    return torch::stable::from_blob(const_cast<void*>(data), sizes, strides, like.device(), type);
   };
-  const Tensor b = matrix(p.b, p.k, p.n, p.transpose_b, p.b_stride);
-  return [op = p.lanes == 1 ? "aten::mm" : "aten::bmm", a = matrix(p.a, p.m, p.k, false), b,
-          out = matrix(p.out, p.m, p.n, false)] {
+  const auto matrix = [&](const void* data, int64_t rows, int64_t columns) {
+    return tensor(data, {p.lanes, rows, columns}, {rows * columns, columns, 1});
+  };
+  const int64_t numbers = dual ? 2 : 1;
+  const int64_t b_stride = (p.b_stride ? p.b_stride : p.k * p.n) * numbers;
+  const int64_t b_row = (p.transpose_b ? 1 : p.n) * numbers;
+  const int64_t b_column = (p.transpose_b ? p.k : 1) * numbers;
+  const Tensor b =
+      dual ? real_blocks(tensor(p.b, {p.lanes, p.k, p.n, 2}, {b_stride, b_row, b_column, 1}))
+           : tensor(p.b, {p.lanes, p.k, p.n}, {b_stride, b_row, b_column});
+  const bool one = p.lanes == 1;
+  const auto operand = [&](const Tensor& of_lanes) {
+    return one ? torch::stable::select(of_lanes, 0, 0) : of_lanes;
+  };
+  return [op = one ? "aten::mm" : "aten::bmm", a = operand(matrix(p.a, p.m, p.k * numbers)),
+          b = operand(b), out = operand(matrix(p.out, p.m, p.n * numbers))] {
     std::array<StableIValue, 3> stack{torch::stable::detail::from(a),
                                       torch::stable::detail::from(b),
                                       torch::stable::detail::from(out)};
@@ -987,7 +1009,7 @@ RecurrenceForward recurrence_forward(const CellTraits& cell, Tensor input_gates,
                                      int64_t directions, bool save_reserve, bool save_cells,
                                      RecurrentVariation* varied = nullptr) {
   RecurrenceForwardParams p{};
-  p.dtype = storage_type("input_gates", input_gates);
+  p.dtype = storage_or_dual_type("input_gates", input_gates);
   STD_TORCH_CHECK(input_gates.dim() == 4 && input_gates.size(3) % cell.gates == 0,
                   "Expected input_gates of shape (T, B, L, ", cell.gates, "*H), got ",
                   shape_string(input_gates));
@@ -1066,7 +1088,7 @@ RecurrenceBackward recurrence_backward(const CellTraits& cell, OptionalTensor gr
                                        OptionalTensor resets, int64_t directions,
                                        RecurrentVariation* varied = nullptr) {
   RecurrenceBackwardParams p{};
-  p.dtype = storage_type("output", output);
+  p.dtype = storage_or_dual_type("output", output);
   STD_TORCH_CHECK(output.dim() == 4, "Expected output of shape (T, B, L, P), got ",
                   shape_string(output));
   STD_TORCH_CHECK(weight_hh.dim() == 3 && weight_hh.size(1) % cell.gates == 0,

@@ -303,8 +303,6 @@ class Tangent(torch.autograd.Function):
         call, *tensors = args
         n = call[6] - 1
         primals, tangents, rest = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
-        if not ops.has_duals(primals[0].device):
-            return _jvp(lambda *given: tuple(_by_reference(call, given, rest)), primals, tangents)
         results = _dual_forward(call, _duals(primals, tangents), rest, save=False)
         like = primals[0].dtype
         kinds = batching.kinds_of_results(call)
@@ -371,8 +369,6 @@ class Second(torch.autograd.Function):
         call, needed, *tensors = args
         n = 4 + call[6] - 1
         given, tangents, rest = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
-        if not ops.has_duals(given[4].device):
-            return _second_by_reference(call, needed, given, tangents, rest)
         cell, has_biases, lanes, directions, want_cells, begin, _, variation = call
         primals = _duals(given[4:], tangents[4:])
         results = _dual_forward(call, primals, rest, save=True)

@@ -6,6 +6,7 @@ ops ``{cell}_recurrence_forward`` and ``_backward`` own what happens between the
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +58,7 @@ def forward(
         gates = _linear(input, _concatenate(weight_ih), _concatenate(bias_ih) if biased else None)
         gates = gates.view(T, B, lanes, hh.shape[1])
     else:
-        gates = torch.einsum("tbli,lgi->tblg", input, _stack(weight_ih))
+        gates = _einsum("tbli,lgi->tblg", input, _stack(weight_ih))
         gates = gates + _stack(bias_ih) if biased else gates
     output, h_n, c_n, reserve, cells, unprojected, *statistics = recurrence(
         gates, *_states(states), hh,
@@ -132,18 +133,19 @@ def backward(
     d_inputs = d_input_gates.view(T * B, lanes * gate_rows)
     results = []
     if need_input and per_lane:
-        results.append(torch.einsum("tblg,lgi->tbli", d_input_gates, _stack(weight_ih)))
+        results.append(_einsum("tblg,lgi->tbli", d_input_gates, _stack(weight_ih)))
     elif need_input:
-        results.append((d_inputs @ _concatenate(weight_ih)).view(T, B, I))
+        results.append(_multiply(torch.mm, d_inputs, _concatenate(weight_ih)).view(T, B, I))
     if need_states:
         results += [d_hx, d_cx] if cell.has_c else [d_hx]
     if not need_weights:
         return results
     read = reference.mask_beyond(input, lengths)
     if per_lane:
-        d_weight_ih = _unstack(torch.einsum("tblg,tbli->lgi", d_input_gates, read))
+        d_weight_ih = _unstack(_einsum("tblg,tbli->lgi", d_input_gates, read))
     else:
-        d_weight_ih = _unstack((d_inputs.t() @ read.reshape(T * B, I)).view(lanes, gate_rows, I))
+        d_weights = _multiply(torch.mm, d_inputs.t(), read.reshape(T * B, I))
+        d_weight_ih = _unstack(d_weights.view(lanes, gate_rows, I))
     d_own = _unit_gradients(cell, d_unit_weights, lanes, layer_norm or 0, input.dtype)
     if layer_norm == _SEPARATE:
         # What is added to a normalised gate has one gradient, whatever it is called.
@@ -158,7 +160,7 @@ def backward(
         ]
     previous = _previous_hidden(output, hx, lengths, resets, directions)
     if keep and keep[0].numel():
-        kept = previous.unflatten(1, (T, B)) * keep[0].unsqueeze(1)
+        kept = _multiply(torch.mul, previous.unflatten(1, (T, B)), keep[0].unsqueeze(1))
         previous = kept.to(previous.dtype).flatten(1, 2)
     for lane in range(lanes):
         d_hidden = d_hidden_gates[:, :, lane].reshape(T * B, gate_rows)
@@ -166,17 +168,20 @@ def backward(
             H = gate_rows // cell.gates
             early, late = d_hidden.t().split([gate_rows - H, H])
             # What the late gate's product read: the first gate times h (csrc/cells/cell.h).
-            read = previous[lane] * reserve[:, :, lane, :H].reshape(T * B, H)
-            d_weight_hh = torch.cat([early @ previous[lane], late @ read])
+            first = reserve[:, :, lane, :H].reshape(T * B, H)
+            read = _multiply(torch.mul, previous[lane], first)
+            d_weight_hh = torch.cat(
+                [_multiply(torch.mm, early, previous[lane]), _multiply(torch.mm, late, read)]
+            )
         else:
-            d_weight_hh = d_hidden.t() @ previous[lane]
+            d_weight_hh = _multiply(torch.mm, d_hidden.t(), previous[lane])
         results += [d_weight_ih[lane], d_weight_hh]
         if has_biases:
             results += [d_bias_ih[lane], d_bias_hh[lane]]
         if weight_hr:
             d_projected = d_output[:, :, lane].reshape(T * B, output.shape[-1])
             m = unprojected[:, :, lane].reshape(T * B, unprojected.shape[-1])
-            results.append(d_projected.t() @ m)
+            results.append(_multiply(torch.mm, d_projected.t(), m))
         results += d_own[lane]
     return results
 
@@ -239,9 +244,23 @@ def _concatenate(tensors: Sequence[Tensor]) -> Tensor:
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """(T, B, n) = input weight^T + bias, computed in the order that input lies in memory."""
+    added = () if bias is None else (bias,)
     if not input.is_contiguous() and input.transpose(0, 1).is_contiguous():
-        return F.linear(input.transpose(0, 1), weight, bias).transpose(0, 1)
-    return F.linear(input, weight, bias)
+        return _multiply(F.linear, input.transpose(0, 1), weight, *added).transpose(0, 1)
+    return _multiply(F.linear, input, weight, *added)
+
+
+def _multiply(product: Callable[..., Tensor], a: Tensor, b: Tensor, *added: Tensor) -> Tensor:
+    """``product(a, b, *added)``; complex tensors carry duals, value + tangent (csrc/dual.h)."""
+    if not a.is_complex():
+        return product(a, b, *added)
+    value = product(a.real, b.real, *(t.real for t in added))
+    tangent = product(a.real, b.imag, *(t.imag for t in added)) + product(a.imag, b.real)
+    return torch.complex(value, tangent)
+
+
+def _einsum(equation: str, a: Tensor, b: Tensor) -> Tensor:
+    return _multiply(functools.partial(torch.einsum, equation), a, b)
 
 
 def _previous_hidden(

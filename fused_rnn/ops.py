@@ -113,11 +113,6 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
-def has_duals(device: torch.device) -> bool:
-    """Whether the layer ops take dual numbers there, as complex tensors."""
-    return device.type in ("cpu", "meta")
-
-
 def _check_devices(input: Tensor, *others: Tensor) -> None:
     # Torch takes a tensor of the meta device among others for a question about shapes.
     for tensor in others:

@@ -31,6 +31,8 @@ TYPES = {
     "float": "fp32",
     "BFloat16": "bf16",
     "Half": "fp16",
+    "Dual<float>": "dual32",
+    "Dual<double>": "dual64",
     "Rnn<TanhActivation>": "rnn_tanh",
     "Rnn<ReluActivation>": "rnn_relu",
     "LstmCell<false, false>": "lstm",
@@ -109,6 +111,7 @@ def readable(symbol: str) -> str:
     """A kernel's mangled name as ``forward_kernel<lstm, bf16>``."""
     run = subprocess.run(["c++filt", symbol], capture_output=True, text=True, check=True)
     name = re.sub(r"\(anonymous namespace\)::|\w+::|^void ", "", run.stdout.strip())
+    name = name.replace(" >", ">")
     while name.endswith(")"):  # the parameters
         depth = 0
         for i in reversed(range(len(name))):
@@ -118,7 +121,7 @@ def readable(symbol: str) -> str:
                 break
     types = "|".join(map(re.escape, TYPES))
     name = re.sub(rf"(?<!\w)(?:{types})(?!\w)", lambda match: TYPES[match[0]], name)
-    name = re.sub(r"Varied<(\w+) ?>", r"\1+", name)
+    name = re.sub(r"Varied<(\w+)>", r"\1+", name)
     return re.sub(r"\((\w+)\)(\d+)", r"\1 \2", name)  # enumerators
 
 

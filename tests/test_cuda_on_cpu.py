@@ -17,6 +17,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -117,12 +118,15 @@ def leaves(case: dict) -> list[Tensor]:
 def results(case: dict, run) -> list[Tensor]:
     """Outputs, then the gradients of every leaf under fixed random cotangents."""
     outputs = [o for o in run(**case) if o is not None and o.numel()]
-    generator = torch.Generator().manual_seed(5)
-    loss = sum(
-        (o * torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype)).sum()
-        for o in outputs
-    )
+    loss = sum((o * g).sum() for o, g in zip(outputs, fixed_random(outputs, 5), strict=True))
     return [*outputs, *torch.autograd.grad(loss, leaves(case))]
+
+
+def fixed_random(like: list[Tensor], seed: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.dtype) for t in like
+    ]
 
 
 def run_reference(variation: ops.Variation | None, seed: Tensor | None, **case) -> tuple:
@@ -269,18 +273,23 @@ def test_other_dtypes_of_varied_cells_obey_it_over_draws(cell, dtype):
 
 def by_dtype(case: dict) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """The engine's results, those of the plain loop in the same dtype, and in float64."""
-    exact_case = {
-        key: value.detach().double().requires_grad_()
-        if isinstance(value, Tensor) and value.is_floating_point()
-        else value
-        for key, value in case.items()
-    }
-    exact_case["weights"] = [
-        Weights(*(None if t is None else t.detach().double().requires_grad_() for t in lane))
-        for lane in case["weights"]
-    ]
-    exact = results(exact_case, run_reference)
+    exact = results(in_float64(case), run_reference)
     return results(case, run_per_step), results(case, run_reference), exact
+
+
+def in_float64(case: dict) -> dict:
+    return with_leaves(case, [t.detach().double().requires_grad_() for t in leaves(case)])
+
+
+def with_leaves(case: dict, tensors: Iterable[Tensor]) -> dict:
+    """The case with other tensors, in the order of ``leaves``."""
+    left = iter(tensors)
+
+    def take(there: Tensor | None) -> Tensor | None:
+        return None if there is None else next(left)
+
+    changed = {name: take(case[name]) for name in ("input", "hx", "cx")}
+    return {**case, **changed, "weights": [Weights(*map(take, lane)) for lane in case["weights"]]}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -393,6 +402,143 @@ def print_faults(library: str) -> None:
         except (RuntimeError, AssertionError) as error:
             messages.append(str(error))
     print(json.dumps(messages))
+
+
+# Dual numbers, which complex tensors carry
+
+
+@pytest.mark.parametrize("cell", GATES)
+def test_duals_equal_the_derivative_of_the_reference(cell):
+    """Every combination of features: results, gradients, and both along a direction."""
+    for configuration in configurations(cell, SHAPES):
+        compare_duals(*configuration)
+
+
+@pytest.mark.parametrize("cell", GATES)
+def test_duals_of_varied_cells_equal_it(cell):
+    for variation, seed in (*variations(cell, 1), *variations(cell, 2)):
+        compare_duals(
+            cell, 4, 3, 5, 2, 2 * ops.CELLS[cell].has_c, True, True, True,
+            variation=variation, seed=seed,
+        )  # fmt: skip
+    for layer_norm in (1, 2):
+        variation = everything(cell, layer_norm)
+        for configuration in configurations(cell, SHAPES[:2]):
+            compare_duals(*configuration, variation=variation, seed=5)
+        compare_duals(cell, 2, 2, 523, 1, 0, True, False, True, variation=variation, seed=3)
+
+
+@pytest.mark.parametrize("cell", GATES)
+def test_duals_of_lanes_with_inputs_of_their_own_equal_it(cell):
+    case = make_case(cell, 4, 3, 5, 2, 0, True, True, True)
+    case["input"] = torch.randn(4, 3, 2, 3, dtype=torch.float64).requires_grad_()
+    compare_duals_of(case, "inputs of lanes")
+
+
+@pytest.mark.parametrize("cell", GATES)
+def test_float32_duals_are_as_near_as_those_of_the_plain_loop(cell):
+    """The largest relative error, in the norm of a result, is at most twice the loop's.
+
+    Of whole results: the largest error of an element is that of one draw, and varies by more.
+    """
+
+    def error(found: Iterable[Tensor], exact: Iterable[Tensor]) -> float:
+        pairs = zip(found, exact, strict=True)
+        return max(((a.double() - e).norm() / e.norm()).item() for a, e in pairs)
+
+    everythings = [(everything(cell, layer_norm), 5) for layer_norm in (1, 2)]
+    for variation, seed in ((None, None), *everythings):
+        ours, loops = [], []
+        for _ in range(8):
+            case = make_case(cell, 6, 4, 17, 2, 0, True, True, True, torch.float32, variation, seed)
+            found = on_duals(case)
+            exact, plain = (
+                [*values, *tangents]
+                for values, tangents in map(derivative_of_reference, (in_float64(case), case))
+            )
+            ours.append(error([*(t.real for t in found), *(t.imag for t in found)], exact))
+            loops.append(error(plain, exact))
+        assert max(ours) <= 2 * max(loops) + 4 * torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_second_derivatives_are_of_the_engine(cell, monkeypatch):
+    """Backward of a gradient, and forward mode, without a step of the reference."""
+    case = make_case(cell, 3, 2, 2, 2, 0, True, True, True)
+    expected = (*gradients_of_gradients(case, run_reference), *jvp_of(case, run_reference))
+    monkeypatch.setattr(reference, "layer", None)
+    found = (*gradients_of_gradients(case, run_per_step), *jvp_of(case, run_per_step))
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def gradients_of_gradients(case: dict, run) -> tuple[Tensor, ...]:
+    outputs = [o for o in run(**case) if o is not None]
+    primals = leaves(case)
+    found = torch.autograd.grad(sum(o.square().sum() for o in outputs), primals, create_graph=True)
+    return torch.autograd.grad(sum(d.square().sum() for d in found), primals)
+
+
+def jvp_of(case: dict, run) -> tuple[Tensor, ...]:
+    def outputs(*tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(o for o in run(**with_leaves(case, tensors)) if o is not None)
+
+    primals = [t.detach() for t in leaves(case)]
+    return torch.func.jvp(outputs, tuple(primals), tuple(fixed_random(primals, 6)))[1]
+
+
+def compare_duals(*configuration: Any, **options: Any) -> None:
+    compare_duals_of(make_case(*configuration, **options), f"{configuration} {options}")
+
+
+def compare_duals_of(case: dict, what: str) -> None:
+    found, real = on_duals(case), results(case, run_per_step)
+    for i, (a, b, c) in enumerate(zip(found, real, derivative_of_reference(case)[1], strict=True)):
+        for part, expected in ((a.real, b), (a.imag, c)):
+            message = f"result {i} of {what}: "
+            torch.testing.assert_close(part, expected, rtol=1e-10, atol=1e-10, msg=message.__add__)
+
+
+def on_duals(case: dict) -> list[Tensor]:
+    """As ``results`` by the engine, on leaves and cotangents with random tangents."""
+    cell, variation, lanes = case["cell"], case["variation"], len(case["weights"])
+    has_c, varied = ops.CELLS[cell].has_c, variation is not None
+    primals = [t.detach() for t in leaves(case)]
+    input, *others = map(torch.complex, primals, fixed_random(primals, 6))
+    states, weights = others[: 1 + has_c], others[1 + has_c :]
+    has_biases = case["weights"][0].bias_ih is not None
+    common = (
+        input, states, weights, has_biases, case["lengths"], None, case["resets"], lanes, lanes
+    )  # fmt: skip
+    last = (*variation, case["seed"]) if varied else ()
+    found = ops.forward_op(cell, varied)(*common, True, has_c, *last)
+    outputs, saved = found[: 2 + 2 * has_c], found[2 + 2 * has_c :]
+    real = [t.real for t in outputs]
+    output, h_n, c_n, cells = (
+        *map(torch.complex, fixed_random(real, 5), fixed_random(real, 7)), None, None
+    )[:4]  # fmt: skip
+    grads = ops.backward_op(cell, varied)(
+        output, h_n, c_n, cells, *common, outputs[0], saved, True, True, True, *last
+    )
+    return [*outputs, *grads]
+
+
+def derivative_of_reference(case: dict) -> tuple[list[Tensor], list[Tensor]]:
+    """``results`` by the reference, and their derivative in the direction of ``on_duals``."""
+    primals = [t.detach() for t in leaves(case)]
+
+    def outputs(*tensors: Tensor) -> list[Tensor]:
+        return [o for o in run_reference(**with_leaves(case, tensors)) if o is not None]
+
+    def every(primals: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+        found, pull = torch.func.vjp(outputs, *primals)
+        return [*found, *pull(grads)]
+
+    like = outputs(*primals)
+    return torch.func.jvp(
+        every,
+        (primals, fixed_random(like, 5)),
+        (fixed_random(primals, 6), fixed_random(like, 7)),
+    )
 
 
 @pytest.mark.parametrize(

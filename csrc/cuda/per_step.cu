@@ -551,8 +551,9 @@ Grid grid_over(const Shape& p, int64_t units) {
           threads_per_block};
 }
 
+template <class S>
 Grid grid_of_rows(const Shape& p) {
-  constexpr int64_t most = max_warps * warp_size;
+  constexpr int64_t most = max_warps<Compute<S>> * warp_size;
   const int64_t threads = (p.H + warp_size - 1) / warp_size * warp_size;
   return {{static_cast<unsigned>(p.B), 1, static_cast<unsigned>(p.L)},
           static_cast<unsigned>(threads < most ? threads : most)};
@@ -608,7 +609,8 @@ void forward(const RecurrenceForwardParams& p, const Host& host) {
       late_product();
     }
     if constexpr (is_varied<Cell> && !Cell::late_gate)
-      if (normalised) launch(forward_row_kernel<Cell, S>, grid_of_rows(p), stream, p, state, step);
+      if (normalised)
+        launch(forward_row_kernel<Cell, S>, grid_of_rows<S>(p), stream, p, state, step);
     if (!normalised) launch(forward_kernel<Cell, S>, grid_over(p, p.H), stream, p, state, step);
     if (p.projected) {
       projection();
@@ -658,7 +660,8 @@ void backward(const RecurrenceBackwardParams& p, const Host& host) {
     }
     if (p.projected) projection();
     if constexpr (is_varied<Cell> && !Cell::late_gate)
-      if (normalised) launch(backward_row_kernel<Cell, S>, grid_of_rows(p), stream, p, state, step);
+      if (normalised)
+        launch(backward_row_kernel<Cell, S>, grid_of_rows<S>(p), stream, p, state, step);
     if (p.projected && !normalised)
       launch(backward_projected_kernel<Cell, S>, grid_over(p, p.H), stream, p, state, step);
   }
@@ -670,16 +673,17 @@ template <class Params>
 using Engine = void (*)(const Params&, const Host&);
 
 // Tables in the order of cells.h and of DType.
-#define FUSED_RNN_ROW(function, cell) \
-  {function<cell, float>, function<cell, double>, function<cell, BFloat16>, function<cell, Half>},
+#define FUSED_RNN_ROW(function, cell)                                            \
+  {function<cell, float>, function<cell, double>,      function<cell, BFloat16>, \
+   function<cell, Half>,  function<cell, Dual<float>>, function<cell, Dual<double>>},
 #define FUSED_RNN_ROWS(function, cell) \
   {FUSED_RNN_ROW(function, cell) FUSED_RNN_ROW(function, Varied<cell>)},
 #define FUSED_RNN_FORWARD(name, cell) FUSED_RNN_ROWS(forward, cell)
 #define FUSED_RNN_BACKWARD(name, cell) FUSED_RNN_ROWS(backward, cell)
 
-constexpr Engine<RecurrenceForwardParams> forward_table[][2][4] = {
+constexpr Engine<RecurrenceForwardParams> forward_table[][2][6] = {
     FUSED_RNN_FOR_EACH_CELL(FUSED_RNN_FORWARD)};
-constexpr Engine<RecurrenceBackwardParams> backward_table[][2][4] = {
+constexpr Engine<RecurrenceBackwardParams> backward_table[][2][6] = {
     FUSED_RNN_FOR_EACH_CELL(FUSED_RNN_BACKWARD)};
 
 }  // namespace

@@ -36,24 +36,35 @@ DEVICE C draw_keep(const Shape& p, int64_t lane, int64_t b, int64_t unit) {
   return dropped ? C(0) : static_cast<C>(1 / (1 - probability));
 }
 
-// So many warps leave each thread 170 registers, which tests/test_kernel_resources.py looks at.
-constexpr unsigned warp_size = 32, max_warps = 12;
+constexpr unsigned warp_size = 32;
+
+// Warps of a row's block: so many leave each thread 168 registers, which tests/test_kernel_resources.py
+// looks at, and duals all that there are.
+template <class C>
+constexpr unsigned max_warps = 12;
+template <class T>
+constexpr unsigned max_warps<Dual<T>> = 8;
+
+template <class T>
+DEVICE Dual<T> shuffle_xor(Dual<T> x, unsigned mask) {
+  return {shuffle_xor(x.value, mask), shuffle_xor(x.tangent, mask)};
+}
 
 // Adds up what the threads of a block, whole warps, have: the same bits for all of them.
 template <int count, class C>
 DEVICE void block_sums(C (&values)[count]) {
-  STATIC_SHARED(C, of_warps, count * max_warps);
+  STATIC_SHARED(C, of_warps, count * max_warps<C>);
   for (int i = 0; i < count; ++i)
     for (unsigned distance = warp_size / 2; distance > 0; distance /= 2)
       values[i] = values[i] + shuffle_xor(values[i], distance);
   sync_threads();  // the sums before these have been read
   if (warp_lane() == 0)
-    for (int i = 0; i < count; ++i) of_warps[i * max_warps + warp_index()] = values[i];
+    for (int i = 0; i < count; ++i) of_warps[i * max_warps<C> + warp_index()] = values[i];
   sync_threads();  // all warps have written theirs
   for (int i = 0; i < count; ++i) {
-    values[i] = 0;
+    values[i] = C(0);
     for (unsigned warp = 0; warp < block_size() / warp_size; ++warp)
-      values[i] = values[i] + of_warps[i * max_warps + warp];
+      values[i] = values[i] + of_warps[i * max_warps<C> + warp];
   }
 }
 
@@ -65,6 +76,11 @@ DEVICE void own_units(int64_t H, const F& f) {
 
 DEVICE float reciprocal_root(float x) { return 1 / ::sqrtf(x); }
 DEVICE double reciprocal_root(double x) { return 1 / ::sqrt(x); }
+template <class T>
+DEVICE Dual<T> reciprocal_root(Dual<T> x) {
+  const T y = reciprocal_root(x.value);
+  return {y, -(y * y * y) * x.tangent / T(2)};
+}
 
 // Moments of `rows` rows of `count` numbers: each(unit, visit) calls visit(row, number) for a unit's.
 template <int rows, class C, class Each>

@@ -3,6 +3,7 @@
 // that exist.
 #pragma once
 
+#include <algorithm>
 #include <string>
 #include <vector>
 
@@ -11,6 +12,11 @@
 #include "runner.h"
 
 namespace fused_rnn::cuda_on_cpu {
+
+inline int64_t bytes_of(DType dtype) {
+  constexpr int64_t bytes[] = {4, 8, 2, 2, 8, 16};
+  return bytes[static_cast<int>(dtype)];
+}
 
 // How many values a unit has: of gates, weights of the cell's own, gradients of its own weights, and
 // in the two reserves.
@@ -101,10 +107,8 @@ class Arguments {
     };
   }
 
-  int64_t storage_bytes() const {
-    return p_.dtype == DType::float64 ? 8 : p_.dtype == DType::float32 ? 4 : 2;
-  }
-  int64_t compute_bytes() const { return p_.dtype == DType::float64 ? 8 : 4; }
+  int64_t storage_bytes() const { return bytes_of(p_.dtype); }
+  int64_t compute_bytes() const { return std::max<int64_t>(storage_bytes(), 4); }
 
   // What both directions are given.
   template <class Params>
@@ -207,9 +211,7 @@ class DropoutArguments {
   void check_results() const { host_reads(p_.output, bytes(), "the caller"); }
 
  private:
-  int64_t bytes() const {
-    return p_.rows * p_.n * (p_.dtype == DType::float64 ? 8 : p_.dtype == DType::float32 ? 4 : 2);
-  }
+  int64_t bytes() const { return p_.rows * p_.n * bytes_of(p_.dtype); }
 
   const DropoutParams& p_;
 };
