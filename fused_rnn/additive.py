@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from . import batching, ops, reference
-from .autograd import gradients_of, is_transformed, tangents_of, vjp
+from .autograd import is_transformed
+from .differentiable import gradients_of, tangents_of, vjp
 
 # What the functions take beside tensors: causal, dropout_p, seed, want_weights, want_scores.
 Settings = tuple[bool, float, int, bool, bool]

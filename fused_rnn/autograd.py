@@ -24,6 +24,7 @@ from torch.autograd import forward_ad
 
 from . import batching, ops, reference
 from .batching import Call
+from .differentiable import gradients_of, jvp_of, or_zeros, tangents_of, vjp
 
 
 def run_layer(
@@ -338,12 +339,12 @@ class Tangent(torch.autograd.Function):
 
         def tangent(*given: Any) -> tuple[Tensor, ...]:
             rest = given[2 * n :]
-            return _jvp(
+            return jvp_of(
                 lambda *primals: tuple(_by_reference(call, primals, rest)),
                 given[:n], given[n : 2 * n],
             )  # fmt: skip
 
-        along = _or_zeros(tensors[n : 2 * n], tensors[:n])
+        along = or_zeros(tensors[n : 2 * n], tensors[:n])
         return tangents_of(tangent, (*tensors[:n], *along, *tensors[2 * n :]), tangents)
 
     @staticmethod
@@ -543,9 +544,9 @@ def _second_by_reference(
 
     grads = [g for g in given[:4] if g is not None]
     of_primals, pull = vjp(gradient, grads, *primals)
-    of_grads, *changes = pull(tuple(_or_zeros(tangents[4:], primals)))
+    of_grads, *changes = pull(tuple(or_zeros(tangents[4:], primals)))
     if any(tangents[i] is not None for i in reached):
-        more = gradient(_or_zeros([tangents[i] for i in reached], grads), *primals)
+        more = gradient(or_zeros([tangents[i] for i in reached], grads), *primals)
         changes = [a + b for a, b in zip(changes, more, strict=True)]
     found = dict(zip(reached, of_grads, strict=True))
     return (
@@ -553,107 +554,3 @@ def _second_by_reference(
         *(d if is_wanted else None for d, is_wanted in zip(of_primals, wanted, strict=True)),
         *(d if is_wanted else None for d, is_wanted in zip(changes, wanted, strict=True)),
     )
-
-
-class Differentiable(torch.autograd.Function):
-    """From (function, *arguments) to function(*arguments), a tuple, of torch's operations alone.
-
-    Its derivatives are functions of that kind again, so there are any number of them, in any mode:
-    within the derivative of an autograd.Function torch would not see that of plain operations.
-    Arguments are tensors or None, and all there are: a tensor that ``function`` brought along could
-    be that of another transform. Derivatives are by those of a floating dtype.
-    """
-
-    @staticmethod
-    def forward(function: Callable[..., tuple[Tensor, ...]], *arguments: Any) -> tuple[Any, ...]:
-        return function(*arguments)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        ctx.function, *arguments = inputs
-        ctx.save_for_backward(*arguments)
-        ctx.save_for_forward(*arguments)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        return (None, *gradients_of(ctx.function, ctx.saved_tensors, grads))
-
-    @staticmethod
-    def jvp(ctx: Any, _function: None, *tangents: Tensor | None) -> tuple[Tensor, ...]:
-        return tangents_of(ctx.function, ctx.saved_tensors, tangents)
-
-    @staticmethod
-    def vmap(info: Any, dims: tuple[Any, ...], function: Any, *arguments: Any) -> Any:
-        batched = torch.func.vmap(function, dims[1:], randomness=info.randomness)
-        results = Differentiable.apply(batched, *arguments)
-        return results, (0,) * len(results)
-
-
-def gradients_of(
-    function: Callable[..., tuple[Tensor, ...]],
-    arguments: Sequence[Tensor | None],
-    grads: Sequence[Tensor],
-) -> tuple[Tensor | None, ...]:
-    """Those of a Differentiable's arguments, from the gradients of its results."""
-    n, there = len(arguments), _floating(arguments)
-
-    def gradient(*given: Any) -> tuple[Tensor, ...]:
-        _, pull = vjp(_of_some(function, given[:n], there), *(given[i] for i in there))
-        found: tuple[Tensor, ...] = pull(given[n:])
-        return found
-
-    found = dict(zip(there, Differentiable.apply(gradient, *arguments, *grads), strict=True))
-    return tuple(found.get(i) for i in range(n))
-
-
-def tangents_of(
-    function: Callable[..., tuple[Tensor, ...]],
-    arguments: Sequence[Tensor | None],
-    tangents: Sequence[Tensor | None],
-) -> tuple[Tensor, ...]:
-    """Those of a Differentiable's results; tangents may be fewer than arguments."""
-    n, there = len(arguments), _floating(arguments)
-    along = [tangents[i] if i < len(tangents) else None for i in there]
-
-    def tangent(*given: Any) -> tuple[Tensor, ...]:
-        of_some = _of_some(function, given[:n], there)
-        return _jvp(of_some, [given[i] for i in there], given[n:])
-
-    along = list(_or_zeros(along, [arguments[i] for i in there]))
-    return Differentiable.apply(tangent, *arguments, *along)
-
-
-def _floating(arguments: Sequence[Tensor | None]) -> list[int]:
-    return [i for i, t in enumerate(arguments) if t is not None and t.is_floating_point()]
-
-
-def _of_some(
-    function: Callable[..., Any], arguments: Sequence[Any], places: Sequence[int]
-) -> Callable[..., Any]:
-    """The function of the arguments in these places, the others being what they are."""
-
-    def of_some(*given: Tensor) -> Any:
-        full = list(arguments)
-        for i, tensor in zip(places, given, strict=True):
-            full[i] = tensor
-        return function(*full)
-
-    return of_some
-
-
-def vjp(function: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., Any]]:
-    results, pull, *_ = torch.func.vjp(function, *primals)
-    return results, pull
-
-
-def _jvp(
-    function: Callable[..., Any], primals: Sequence[Any], tangents: Sequence[Tensor | None]
-) -> tuple[Any, ...]:
-    # Forward mode writes tangents as their primals lie, which then must not lie upon themselves.
-    primals = tuple(t.contiguous() for t in primals)
-    _, found, *_ = torch.func.jvp(function, primals, tuple(_or_zeros(tangents, primals)))
-    return found  # type: ignore[no-any-return]
-
-
-def _or_zeros(tensors: Sequence[Tensor | None], like: Sequence[Any]) -> list[Tensor]:
-    return [torch.zeros_like(b) if a is None else a for a, b in zip(tensors, like, strict=True)]
