@@ -660,7 +660,10 @@ const char* run(std::initializer_list<Buffer> buffers, const Launches& launches)
 }  // namespace
 }  // namespace fused_rnn::cuda
 
-using namespace fused_rnn;
+// Not all of fused_rnn: its exp and tanh would be ambiguous with the ones of C.
+using fused_rnn::BFloat16;
+using fused_rnn::DType;
+using fused_rnn::Half;
 using namespace fused_rnn::cuda;
 
 #define KERNEL_TEST extern "C" const char*
