@@ -9,6 +9,7 @@ from helpers import (
     as_tuple,
     assert_close_like_torch,
     assert_equal,
+    assert_near,
     by_reference,
     double,
     dyadic,
@@ -231,3 +232,59 @@ def test_lengths_out_of_range_are_refused_on_the_host():
     _, layer = pair("gru", 8, 16, device="cuda")
     with pytest.raises(RuntimeError, match=r"lengths within 0\.\.5"):
         layer(torch.randn(5, 3, 8, device="cuda"), lengths=torch.tensor([5, 6, 1]))
+
+
+@pytest.mark.parametrize("cell", LAYERS)
+def test_transforms_equal_cpu(cell):
+    """Second derivatives, forward mode, batches of inputs and of weights, gradients per sample."""
+    _, layer = pair(cell, 5, 17, num_layers=2, bidirectional=True, dtype=torch.float64)
+    xs = torch.randn(3, 6, 4, 5, dtype=torch.float64)
+    lengths, resets = torch.tensor([6, 0, 4, 1]), torch.rand(6, 4) < 0.2
+    own = {name: t.detach() for name, t in layer.named_parameters()}
+    both = {name: torch.stack([t, t.flip(0)]) for name, t in own.items()}
+
+    def results(device):
+        moved = layer.to(device)
+        ragged = {"lengths": lengths.to(device), "resets": resets.to(device)}
+        at = [{name: t.to(device) for name, t in of.items()} for of in (own, both)]
+        x = xs.to(device)
+
+        def call(parameters, x):
+            return torch.func.functional_call(moved, parameters, (x,), ragged)[0]
+
+        def loss(parameters, x):
+            return call(parameters, x).square().sum()
+
+        slope = torch.func.grad(loss)
+        found = {
+            "jvp": torch.func.jvp(lambda x: call(at[0], x), (x[0],), (x[1],))[1],
+            "inputs": torch.func.vmap(call, (None, 0))(at[0], x),
+            "weights": torch.func.vmap(call, (0, None))(at[1], x[0]),
+            "second": torch.func.grad(lambda x: torch.func.grad(loss, 1)(at[0], x).square().sum())(
+                x[0]
+            ),
+        }
+        of_samples = torch.func.vmap(slope, (None, 0))(at[0], x)
+        found |= {f"sample {name}": t for name, t in of_samples.items()}
+        return {name: t.detach().cpu() for name, t in found.items()}
+
+    on_cpu = results("cpu")
+    on_gpu = results("cuda")
+    assert_near(on_gpu, on_cpu)
+
+
+@pytest.mark.parametrize("cell", LAYERS)
+def test_compiled_with_graphs(cell):
+    """``mode="reduce-overhead"``: Inductor's CUDA graphs around forward and backward."""
+    _, layer = pair(cell, 5, 17, num_layers=2, dtype=torch.float32, device="cuda")
+    compiled = torch.compile(layer, mode="reduce-overhead", fullgraph=True)
+    for _ in range(4):  # warm-up, capture, replays
+        x = torch.randn(6, 4, 5, device="cuda")
+        found = []
+        for call in (compiled, layer):
+            input = x.clone().requires_grad_()
+            torch.compiler.cudagraph_mark_step_begin()
+            output = call(input)[0].clone()
+            found.append((output, *torch.autograd.grad(output.square().sum(), [input])))
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b)
