@@ -86,7 +86,7 @@ class Batch(NamedTuple):
 @dataclass
 class Trainee:
     name: str
-    model: Sentiment
+    model: nn.Module  # a Sentiment, or what is wrapped around it
     losses: list[float] = field(default_factory=list)  # mean over each epoch
     seconds: list[float] = field(default_factory=list)  # of each epoch
 
@@ -139,10 +139,17 @@ def split(tokens: list[Token], seed: int) -> tuple[list[Token], list[Token]]:
     return train, held_out
 
 
-def encode(tokens: list[Token], alphabet: dict[str, int]) -> list[Batch]:
+def alphabet_of(tokens: list[Token]) -> dict[str, int]:
+    """Numbers of the characters; 0 is padding, and characters that are not there."""
+    letters = sorted({c for token in tokens for c in token.text})
+    return {c: i + 1 for i, c in enumerate(letters)}
+
+
+def encode(tokens: list[Token], alphabet: dict[str, int], size: int = BATCH) -> list[Batch]:
+    """Batches of ``size`` tokens, the last one of what remains."""
     batches = []
-    for at in range(0, len(tokens), BATCH):
-        some = tokens[at : at + BATCH]
+    for at in range(0, len(tokens), size):
+        some = tokens[at : at + size]
         rows = [torch.tensor([alphabet.get(c, 0) for c in token.text]) for token in some]
         batches.append(
             Batch(
@@ -152,6 +159,12 @@ def encode(tokens: list[Token], alphabet: dict[str, int]) -> list[Batch]:
             )
         )
     return batches
+
+
+def majority_of(tokens: list[Token]) -> float:
+    """The accuracy of always answering the more frequent sign."""
+    positive = sum(token.positive for token in tokens) / len(tokens)
+    return max(positive, 1 - positive)
 
 
 def accuracy(probabilities: Tensor, tokens: list[Token]) -> float:
@@ -226,14 +239,12 @@ def main() -> None:
 
     tokens = read_lexicon()
     train_tokens, held_out = split(tokens, options.seed)
-    letters = sorted({c for token in train_tokens for c in token.text})
-    alphabet = {c: i + 1 for i, c in enumerate(letters)}  # 0: padding, and letters not seen
-    positive = sum(token.positive for token in held_out) / len(held_out)
-    majority = max(positive, 1 - positive)
+    alphabet = alphabet_of(train_tokens)
+    majority = majority_of(held_out)
     emoticons = sum(token.is_emoticon for token in held_out)
     console.print(
         f"{len(train_tokens)} tokens to learn from, {len(held_out)} held out, {emoticons} of them "
-        f"emoticons\n{len(letters)} characters, {torch.get_num_threads()} threads"
+        f"emoticons\n{len(alphabet)} characters, {torch.get_num_threads()} threads"
     )
 
     def build() -> Sentiment:

@@ -7,6 +7,7 @@ its rows. Everything is float64 unless it is about another dtype.
 from __future__ import annotations
 
 import datetime
+import gc
 import itertools
 import multiprocessing
 import pickle
@@ -307,6 +308,9 @@ def serve(rank: int, store: str, connection: Connection) -> None:
         except Exception:
             answer = (None, traceback.format_exc())
         connection.send_bytes(pickle.dumps(answer))
+    # What DDP still holds of the group keeps gloo's threads, and one of them aborts the process if
+    # it lets go of a finished collective while Python shuts down.
+    gc.collect()
     dist.destroy_process_group()
 
 
@@ -359,10 +363,12 @@ class Processes:
                 process.kill()
             else:
                 connection.send_bytes(pickle.dumps(None))
-        for process, connection in self._running:
+        running, self._running = self._running, []
+        for process, connection in running:
             process.join(TIMEOUT)
             connection.close()
-        self._running.clear()
+        codes = [process.exitcode for process, _ in running]
+        assert kill or not any(codes), f"exit codes {codes}"
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import math
+import os
 import re
 import subprocess
 import sys
@@ -56,6 +58,28 @@ def test_recurrent_policy_runs() -> None:
         r"takes \S+ ms with one call and \S+ ms with the loop \(medians\): \S+ times as fast",
     ):
         assert re.search(pattern, result.stdout), f"{pattern}\n{result.stdout}"
+
+
+def test_sentiment_distributed_runs() -> None:
+    pytest.importorskip("vaderSentiment")
+    if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
+        pytest.skip("torch was built without gloo")
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    script = EXAMPLES / "sentiment_distributed.py"
+    result = subprocess.run(
+        [sys.executable, *launch, script, "--epochs", "2"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"3008 in each of 2 processes \(gloo, cpu\), 1504 held out", result.stdout)
+    assert "Parameters of all 2 processes are equal." in result.stdout
+    losses = [float(x) for x in re.findall(r"epoch \d: training loss (\S+),", result.stdout)]
+    assert len(losses) == 2 and losses[1] < losses[0] < math.log(2), result.stdout
+    found = re.search(r"accuracy: (\S+)%; always the more frequent sign: (\S+)%", result.stdout)
+    assert found and float(found[1]) > float(found[2]) + 5, result.stdout
 
 
 def test_one_call_with_resets_is_the_loop(example: ModuleType, one_thread: None) -> None:
