@@ -12,6 +12,14 @@
 
 namespace fused_rnn {
 
+// 1 / sqrt(variance + eps), of a normalisation.
+HOST_DEVICE float inverse_deviation(float variance, double eps) {
+  return static_cast<float>(1 / ::sqrt(variance + eps));
+}
+HOST_DEVICE double inverse_deviation(double variance, double eps) {
+  return 1 / ::sqrt(variance + eps);
+}
+
 // What a dual D of T, a scalar or a vector, has in common with numbers.
 template <class D, class T>
 struct DualNumber {

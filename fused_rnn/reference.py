@@ -201,11 +201,15 @@ def recurrent_product(h: Tensor, weight_hh: Tensor) -> Tensor:
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """Ba et al. 2016 (arXiv 1607.06450, eq. 4) over the last dimension.
 
-    As ``F.layer_norm``, of which torch gets the second derivative in forward mode wrong.
+    As ``F.layer_norm``, half types in float32 too; of that torch gets the second derivative in
+    forward mode wrong.
     """
-    distance = x - x.mean(-1, keepdim=True)
+    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    distance = wide - wide.mean(-1, keepdim=True)
     normal = distance * torch.rsqrt(distance.square().mean(-1, keepdim=True) + eps)
-    return normal if weight is None or bias is None else normal * weight + bias
+    if weight is not None and bias is not None:
+        normal = normal * weight + bias
+    return normal.to(x.dtype)
 
 
 def normalised_gates(

@@ -15,14 +15,6 @@ HOST_DEVICE double tanh(double x) { return ::tanh(x); }
 HOST_DEVICE float where(bool condition, float a, float b) { return condition ? a : b; }
 HOST_DEVICE double where(bool condition, double a, double b) { return condition ? a : b; }
 
-// 1 / sqrt(variance + eps).
-HOST_DEVICE float inverse_deviation(float variance, double eps) {
-  return static_cast<float>(1 / ::sqrt(variance + eps));
-}
-HOST_DEVICE double inverse_deviation(double variance, double eps) {
-  return 1 / ::sqrt(variance + eps);
-}
-
 template <class V>
 HOST_DEVICE V sigmoid(V x) {
   return V(1) / (V(1) + exp(-x));
