@@ -201,9 +201,11 @@ def recurrent_product(h: Tensor, weight_hh: Tensor) -> Tensor:
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """Ba et al. 2016 (arXiv 1607.06450, eq. 4) over the last dimension.
 
-    As ``F.layer_norm``, half types in float32 too; of that torch gets the second derivative in
+    Under torch.func by its own formula: of ``F.layer_norm`` torch gets the second derivative in
     forward mode wrong.
     """
+    if not torch._C._are_functorch_transforms_active():
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
     wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     distance = wide - wide.mean(-1, keepdim=True)
     normal = distance * torch.rsqrt(distance.square().mean(-1, keepdim=True) + eps)
