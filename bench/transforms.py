@@ -431,7 +431,7 @@ class Cost(NamedTuple):
 
 
 PENALTY = "step with gradient penalty / step"
-ENSEMBLE = "loop over 8 members / vmap over weights"
+ENSEMBLE = "loop over 16 members / vmap over weights"
 PER_SAMPLE = "loop over 16 samples / vmap(grad)"
 
 
@@ -441,7 +441,7 @@ def costs(
     """Times in turns, on results that agree.
 
     A gradient penalty at T=64, B=16, I=64, H=128: forward, gradient of the input, and the gradient
-    of (its norm - 1)^2; over forward and the gradient of everything. vmap, ours alone, at T=50,
+    of (its norm - 1)^2; over forward and the gradient of everything. vmap, ours alone, at T=100,
     B=4, I=H=64 and T=50, B=1, I=H=64: forward and the gradient of all weights.
     """
     for library, module in libraries.items():
@@ -484,9 +484,9 @@ def _penalty_runs(kind: type[nn.Module]) -> dict[str, Callable[[], Any]]:
 
 
 def _ensemble_runs(kind: type[nn.Module]) -> dict[str, Callable[[], Any]]:
-    members = [kind(64, 64) for _ in range(8)]
+    members = [kind(64, 64) for _ in range(16)]
     parameters, _ = stack_module_state(members)
-    x = draw(50, 4, 64, dtype=torch.float32)
+    x = draw(100, 4, 64, dtype=torch.float32)
 
     def together() -> Any:
         outputs = vmap(lambda p, x: functional_call(members[0], p, (x,))[0], (0, None))(
