@@ -6,6 +6,7 @@
 #include <array>
 #include <atomic>
 #include <cmath>
+#include <cstdlib>
 #include <functional>
 #include <optional>
 #include <string>
@@ -29,6 +30,8 @@
 #define FUSED_RNN_PER_STEP
 #include "cuda/dropout.h"
 #include "cuda/per_step.h"
+#include "cuda/persistent.h"
+#include "cuda/plan.h"
 #endif
 #ifdef FUSED_RNN_CUDA_ON_CPU
 #include "cuda_on_cpu/arguments.h"
@@ -397,8 +400,32 @@ void on_cuda(const Tensor& like, const Run& run) {
   run(stream);
 }
 
+// What of a recurrence only per_step has, or null.
+const char* needs_per_step(const CellTraits& cell, bool varied, const Shape& p) {
+  if (varied) return "layer norm, zoneout or recurrent dropout";
+  if (cell.late_gate) return "a gate that waits for another";
+  return p.projected ? "a projection" : nullptr;
+}
+
+constexpr bool is_backward(const RecurrenceForwardParams&) { return false; }
+constexpr bool is_backward(const RecurrenceBackwardParams&) { return true; }
+
 template <class Params>
-void run_per_step(const CellTraits& cell, bool varied, const Params& p, const Tensor& like) {
+void run_engine(cuda::CellId cell, const Params& p, const cuda::Layout& layout,
+                const cuda::Host& host) {
+  switch (layout.engine) {
+    case cuda::Engine::per_step:
+      return cuda::run_per_step(cell, p, host);
+    case cuda::Engine::persistent_cluster:
+      return cuda::run_persistent_cluster(cell, p, layout, host);
+    case cuda::Engine::persistent_grid:
+      return cuda::run_persistent_grid(cell, p, layout, host);
+  }
+}
+
+template <class Params>
+void run_recurrence(const CellTraits& cell, bool varied, bool tf32, const Params& p,
+                    const Tensor& like) {
   std::vector<Tensor> scratch;
   cuda::Host host{
       nullptr,
@@ -411,6 +438,11 @@ void run_per_step(const CellTraits& cell, bool varied, const Params& p, const Te
   const cuda::CellId id{static_cast<int>(cell.index), varied};
   on_cuda(like, [&](void* stream) {
     host.stream = stream;
+    const cuda::Task task{static_cast<int>(cell.gates), static_cast<int>(cell.unit_weights),
+                          p.dtype, p.T, p.B, p.L, p.H, tf32, is_backward(p),
+                          needs_per_step(cell, varied, p)};
+    const cuda::Layout layout =
+        cuda::choose(task, cuda::chip_at_hand(), std::getenv("FUSED_RNN_CUDA_ENGINE"));
 #ifdef FUSED_RNN_CUDA_ON_CPU
     const SavedCounts counts(cell, varied, p);
     const cuda_on_cpu::Arguments watched(
@@ -418,10 +450,10 @@ void run_per_step(const CellTraits& cell, bool varied, const Params& p, const Te
         {cell.gates, cell.unit_weights, unit_gradients(cell, p).count, counts.reserve, counts.cells,
          cell.has_c},
         host);
-    cuda::run_per_step(id, p, watched.host);
+    run_engine(id, p, layout, watched.host);
     watched.check_results();
 #else
-    cuda::run_per_step(id, p, host);
+    run_engine(id, p, layout, host);
 #endif
   });
 }
@@ -1006,7 +1038,7 @@ RecurrenceForward recurrence_forward(const CellTraits& cell, Tensor input_gates,
                                      OptionalTensor cx, Tensor weight_hh, OptionalTensor bias_hh,
                                      OptionalTensor weight_hr, OptionalTensor weight_ch,
                                      OptionalTensor lengths, OptionalTensor resets,
-                                     int64_t directions, bool save_reserve, bool save_cells,
+                                     int64_t directions, bool save_reserve, bool save_cells, bool tf32,
                                      RecurrentVariation* varied = nullptr) {
   RecurrenceForwardParams p{};
   p.dtype = storage_or_dual_type("input_gates", input_gates);
@@ -1075,7 +1107,7 @@ RecurrenceForward recurrence_forward(const CellTraits& cell, Tensor input_gates,
     if (with_statistics) p.statistics = varied->statistics->data_ptr();
   }
 
-  if (p.L * p.B > 0) run_per_step(cell, varied, p, input_gates);
+  if (p.L * p.B > 0) run_recurrence(cell, varied, tf32, p, input_gates);
   return {output, h_n, c_n, reserve, cells, unprojected};
 }
 
@@ -1085,7 +1117,7 @@ RecurrenceBackward recurrence_backward(const CellTraits& cell, OptionalTensor gr
                                        Tensor cells, OptionalTensor hx, OptionalTensor cx,
                                        Tensor weight_hh, OptionalTensor weight_hr,
                                        OptionalTensor weight_ch, OptionalTensor lengths,
-                                       OptionalTensor resets, int64_t directions,
+                                       OptionalTensor resets, int64_t directions, bool tf32,
                                        RecurrentVariation* varied = nullptr) {
   RecurrenceBackwardParams p{};
   p.dtype = storage_or_dual_type("output", output);
@@ -1184,7 +1216,7 @@ RecurrenceBackward recurrence_backward(const CellTraits& cell, OptionalTensor gr
     if (drops) p.keep = varied->keep->data_ptr();
   }
 
-  if (p.L * p.B > 0) run_per_step(cell, varied, p, output);
+  if (p.L * p.B > 0) run_recurrence(cell, varied, tf32, p, output);
   return {d_input_gates, d_hidden_gates, d_hx, d_cx, d_output, d_unit_weights};
 }
 
@@ -1414,19 +1446,19 @@ FUSED_RNN_FOR_EACH_CELL(FUSED_RNN_LAYER)
       Tensor input_gates, OptionalTensor hx, OptionalTensor cx, Tensor weight_hh,                 \
       OptionalTensor bias_hh, OptionalTensor weight_hr, OptionalTensor weight_ch,                 \
       OptionalTensor lengths, OptionalTensor resets, int64_t directions, bool save_reserve,       \
-      bool save_cells) {                                                                          \
+      bool save_cells, bool tf32) {                                                               \
     return recurrence_forward(traits(CellIndex::name), input_gates, hx, cx, weight_hh, bias_hh,   \
                               weight_hr, weight_ch, lengths, resets, directions, save_reserve,    \
-                              save_cells);                                                        \
+                              save_cells, tf32);                                                  \
   }                                                                                               \
   RecurrenceBackward name##_recurrence_backward(                                                  \
       OptionalTensor grad_output, OptionalTensor grad_h_n, OptionalTensor grad_c_n,               \
       OptionalTensor grad_cells, Tensor output, Tensor reserve, Tensor cells, OptionalTensor hx,  \
       OptionalTensor cx, Tensor weight_hh, OptionalTensor weight_hr, OptionalTensor weight_ch,    \
-      OptionalTensor lengths, OptionalTensor resets, int64_t directions) {                        \
+      OptionalTensor lengths, OptionalTensor resets, int64_t directions, bool tf32) {             \
     return recurrence_backward(traits(CellIndex::name), grad_output, grad_h_n, grad_c_n,          \
                                grad_cells, output, reserve, cells, hx, cx, weight_hh, weight_hr,  \
-                               weight_ch, lengths, resets, directions);                           \
+                               weight_ch, lengths, resets, directions, tf32);                     \
   }                                                                                               \
   std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>                              \
   name##_varied_recurrence_forward(                                                               \
@@ -1444,7 +1476,7 @@ FUSED_RNN_FOR_EACH_CELL(FUSED_RNN_LAYER)
         {}};                                                                                      \
     auto results = recurrence_forward(traits(CellIndex::name), input_gates, hx, cx, weight_hh,    \
                                       bias_hh, weight_hr, weight_ch, lengths, resets, directions, \
-                                      save_reserve, save_cells, &varied);                         \
+                                      save_reserve, save_cells, false, &varied);                  \
     return std::tuple_cat(results, std::tuple(*varied.statistics));                               \
   }                                                                                               \
   std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>                              \
@@ -1463,7 +1495,8 @@ FUSED_RNN_FOR_EACH_CELL(FUSED_RNN_LAYER)
         {}};                                                                                      \
     auto results = recurrence_backward(                                                           \
         traits(CellIndex::name), grad_output, grad_h_n, grad_c_n, grad_cells, output, reserve,    \
-        cells, hx, cx, weight_hh, weight_hr, weight_ch, lengths, resets, directions, &varied);    \
+        cells, hx, cx, weight_hh, weight_hr, weight_ch, lengths, resets, directions, false,       \
+        &varied);                                                                                 \
     return std::tuple_cat(results, std::tuple(*varied.keep));                                     \
   }
 FUSED_RNN_FOR_EACH_CELL(FUSED_RNN_RECURRENCE)
@@ -1530,8 +1563,8 @@ constexpr const char* layer_schemas[] = {
   " -> (Tensor d_input_gates, Tensor d_hidden_gates, Tensor d_hx, Tensor d_cx, " \
   "Tensor d_output, Tensor d_unit_weights"
 constexpr const char* recurrence_schemas[] = {
-    "_" FUSED_RNN_RECURRENCE_FORWARD_SCHEMA ")" FUSED_RNN_RECURRENCE_FORWARD_RESULTS ")",
-    "_" FUSED_RNN_RECURRENCE_BACKWARD_SCHEMA ")" FUSED_RNN_RECURRENCE_BACKWARD_RESULTS ")",
+    "_" FUSED_RNN_RECURRENCE_FORWARD_SCHEMA ", bool tf32=False)" FUSED_RNN_RECURRENCE_FORWARD_RESULTS ")",
+    "_" FUSED_RNN_RECURRENCE_BACKWARD_SCHEMA ", bool tf32=False)" FUSED_RNN_RECURRENCE_BACKWARD_RESULTS ")",
     "_varied_" FUSED_RNN_RECURRENCE_FORWARD_SCHEMA
     ", Tensor[] norms, Tensor? bias_ih" FUSED_RNN_VARIED_SCHEMA FUSED_RNN_RECURRENCE_FORWARD_RESULTS
     ", Tensor statistics)",

@@ -394,21 +394,29 @@ HOST_DEVICE void forward_h_units(const ForwardParams& p, const RowStep& row, int
 }
 
 // The whole gradient of h_t at `n` units: what came through the next step's product, what it passed
-// on directly (d_h_state, which is used up), and grad_output. Around a Varied cell that of h~, and
-// d_h_state holds what zoneout passes by the cell.
-template <bool varied, class S, class V, class DState>
-HOST_DEVICE V collect_d_hidden(const BackwardParams& p, const RowStep& row, int64_t unit, int64_t n,
-                               V product, DState* d_h_state, const Factors<V>& factors = {}) {
+// on directly (d_h_state, which is used up), and grad_output (null for zeros), which points at these
+// units. Around a Varied cell that of h~, and d_h_state holds what zoneout passes by the cell.
+template <bool varied, class V, class Grad, class DState>
+HOST_DEVICE V collect_d_hidden(const RowStep& row, int64_t n, V product, const Grad* grad_output,
+                               DState* d_h_state, const Factors<V>& factors = {}) {
   if constexpr (varied) product = product * factors.keep;
   V d_h = product + Memory<V>::load(d_h_state, n);
-  if (p.grad_output.data)
-    d_h = d_h + Memory<V>::load(p.grad_output.at<S>(row.t, row.b, row.lane) + unit, n);
+  if (grad_output) d_h = d_h + Memory<V>::load(grad_output, n);
   if constexpr (varied) {
     Memory<V>::store(row.reset ? V(0) : factors.zone_h * d_h, d_h_state, n);
     return (V(1) - factors.zone_h) * d_h;
   }
   Memory<V>::store(V(0), d_h_state, n);
   return d_h;
+}
+
+// The same with grad_output where the caller of the op has it.
+template <bool varied, class S, class V, class DState>
+HOST_DEVICE V collect_d_hidden(const BackwardParams& p, const RowStep& row, int64_t unit, int64_t n,
+                               V product, DState* d_h_state, const Factors<V>& factors = {}) {
+  const S* grad =
+      p.grad_output.data ? p.grad_output.at<S>(row.t, row.b, row.lane) + unit : nullptr;
+  return collect_d_hidden<varied>(row, n, product, grad, d_h_state, factors);
 }
 
 // The c before a step, and the one that the cell gave.
@@ -433,35 +441,52 @@ HOST_DEVICE V collect_d_cell(const BackwardParams& p, const RowStep& row, int64_
   return d_c;
 }
 
+// What a cell's backward reads of what forward left, at `n` units from `unit`. Engines that wait for the
+// next step's product read it while they wait.
+template <class Cell, class V>
+struct ForwardResults {
+  State<V> prev{V(0), V(0)}, next{V(0), V(0)};
+  V saved[Cell::saved > 0 ? Cell::saved : 1];
+};
+
+template <class Cell, class S, class V>
+HOST_DEVICE ForwardResults<Cell, V> load_results(const BackwardParams& p, const RowStep& row,
+                                                 int64_t unit, int64_t n) {
+  ForwardResults<Cell, V> results;
+  if constexpr (Cell::reads_h) {
+    if constexpr (is_varied<Cell>)
+      results.next.h = saved_value<S, V>(p, row, unit, n, saved_values<Cell>(p).h);
+    else
+      results.next.h = Memory<V>::load(p.output.at<S>(row.t, row.b, row.lane) + unit, n);
+  }
+  if constexpr (Cell::reads_prev_h) results.prev.h = previous_hidden<S, V>(p, row, unit, n);
+  if constexpr (Cell::has_c)
+    load_cells<Cell, S>(p, row, unit, n, results.prev.c, results.next.c);
+  for (int i = 0; i < Cell::saved; ++i)
+    results.saved[i] = saved_value<S, V>(p, row, unit, n, i);
+  return results;
+}
+
 // The cell's backward at `n` units from `unit`. d_h is the whole gradient of the cell's h. What flows
 // back through hidden_gates is the caller's to pass on, unless row.reset. d_weight_ch receives this
 // row's and step's part of the gradient of the lane's weight_ch.
 template <class Cell, class S, class V>
 HOST_DEVICE void backward_units(const BackwardParams& p, const RowStep& row, int64_t unit,
-                                int64_t n, V d_h, const void* weight_ch, Compute<S>* d_h_state,
+                                int64_t n, const ForwardResults<Cell, V>& of, V d_h,
+                                const void* weight_ch, Compute<S>* d_h_state,
                                 Compute<S>* d_c_state, V* d_input_gates, V* d_hidden_gates,
                                 V* d_weight_ch, const Factors<V>& factors = {}) {
-  State<V> prev{V(0), V(0)}, next{V(0), V(0)}, d_next{d_h, V(0)}, d_prev{V(0), V(0)};
-  if constexpr (Cell::reads_h) {
-    if constexpr (is_varied<Cell>)
-      next.h = saved_value<S, V>(p, row, unit, n, saved_values<Cell>(p).h);
-    else
-      next.h = Memory<V>::load(p.output.at<S>(row.t, row.b, row.lane) + unit, n);
-  }
-  if constexpr (Cell::reads_prev_h) prev.h = previous_hidden<S, V>(p, row, unit, n);
+  State<V> d_next{d_h, V(0)}, d_prev{V(0), V(0)};
   V d_c_passed_by(0);
   if constexpr (Cell::has_c) {
-    load_cells<Cell, S>(p, row, unit, n, prev.c, next.c);
     d_next.c = collect_d_cell<S, V>(p, row, unit, n, d_c_state);
     if constexpr (is_varied<Cell>) {
       d_c_passed_by = factors.zone_c * d_next.c;
       d_next.c = (V(1) - factors.zone_c) * d_next.c;
     }
   }
-  V saved[Cell::saved > 0 ? Cell::saved : 1];
-  for (int i = 0; i < Cell::saved; ++i) saved[i] = saved_value<S, V>(p, row, unit, n, i);
   const UnitWeights<Cell, V> weights(static_cast<const S*>(weight_ch), p.H, unit, n);
-  Cell::backward(saved, weights.values, prev, next, d_next, d_input_gates, d_hidden_gates,
+  Cell::backward(of.saved, weights.values, of.prev, of.next, d_next, d_input_gates, d_hidden_gates,
                  d_weight_ch, d_prev);
   if constexpr (is_varied<Cell>) {
     d_prev.c = d_prev.c + d_c_passed_by;

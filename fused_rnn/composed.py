@@ -64,7 +64,7 @@ def forward(
         gates, *_states(states), hh,
         _stack(bias_hh) if has_biases else None, _stack(weight_hr) if weight_hr else None,
         _stack(weight_ch) if weight_ch else None, lengths, resets, directions, save, want_cells,
-        *_varied(norms, late_bias, variation),
+        *_last(norms, late_bias, variation),
     )  # fmt: skip
     results = [output.flatten(2), h_n]
     if cell.has_c:
@@ -124,7 +124,7 @@ def backward(
         None if grad_output is None else grad_output.unflatten(2, (lanes, -1)),
         grad_h_n, grad_c_n, grad_cells, output, reserve, cells, hx, cx, _stack(weight_hh),
         _stack(weight_hr) if weight_hr else None, _stack(weight_ch) if weight_ch else None,
-        lengths, resets, directions, *_varied(norms, statistics, variation),
+        lengths, resets, directions, *_last(norms, statistics, variation),
     )  # fmt: skip
     split_gates = layer_norm == _SEPARATE or (cell.split_gates and not layer_norm)
     if not split_gates:
@@ -203,11 +203,18 @@ def _by_kind(
     return tuple([t for t in kind if t is not None] for kind in zip(*by_lane, strict=True))
 
 
-def _varied(
+def _last(
     norms: Sequence[list[Tensor]], other: Tensor | None, variation: tuple[Any, ...]
 ) -> tuple[Any, ...]:
-    """The last arguments of a varied recurrence."""
-    return ([_stack(of) for of in norms if of], other, *variation) if variation else ()
+    """The last arguments of a varied recurrence, or of a plain one: whether float32 may round."""
+    if variation:
+        return ([_stack(of) for of in norms if of], other, *variation)
+    return (allows_tf32(),)
+
+
+def allows_tf32() -> bool:
+    """Whether products of float32 may round to TF32, as the user has told torch."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def _unit_gradients(

@@ -6,6 +6,7 @@ import hashlib
 import os
 import subprocess
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 
 import pybind11
@@ -126,19 +127,32 @@ def kernels_on_gpu() -> Path:
     return library
 
 
-def engines_on_cpu(per_step: str = "csrc/cuda/per_step.cu") -> Path:
+ENGINES = [
+    f"csrc/cuda/{name}.cu"
+    for name in ("per_step", "persistent_cluster", "persistent_grid", "dropout")
+]
+
+
+def engines_on_cpu(kernels: Sequence[str] = ENGINES, name: str = "engines_on_cpu") -> Path:
     """The ops ``fused_rnn_cuda_on_cpu::*``: CUDA's engines, run by tests/cuda_on_cpu.
 
-    ``per_step`` may be another copy of that file.
+    ``kernels`` may have another copy of a file, and then wants another ``name``.
     """
     defines = ["-DFUSED_RNN_CUDA_ON_CPU", "-DFUSED_RNN_NAMESPACE=fused_rnn_cuda_on_cpu"]
     base = [cxx(), "-std=c++17", "-O1", "-g0", "-fPIC", "-fvisibility=hidden", "-Wno-psabi"]
     return shared_library(
-        f"{Path(per_step).stem}_engines_on_cpu",
+        name,
         [
             [*base, *torch_flags(), *defines, "-Itests", "-c", "csrc/binding.cpp"],
-            [*base, "-c", "tests/cuda_on_cpu/no_engine.cpp"],
-            *cuda_on_cpu_commands([per_step, "csrc/cuda/dropout.cu"]),
+            *(
+                [*base, "-c", source]
+                for source in (
+                    "tests/cuda_on_cpu/no_engine.cpp",
+                    "tests/cuda_on_cpu/chip.cpp",
+                    "csrc/cuda/plan.cpp",
+                )
+            ),
+            *cuda_on_cpu_commands(list(kernels)),
         ],
         torch_link_flags(),
     )

@@ -40,6 +40,7 @@ GATES = {name: traits.gates for name, traits in ops.CELLS.items()}
 def per_step():
     """Routes the library's calls to the CUDA sources for the length of this module."""
     patch = pytest.MonkeyPatch()
+    patch.setenv("FUSED_RNN_CUDA_ENGINE", "per_step")
     yield load(native.engines_on_cpu(), patch)
     patch.undo()
 
@@ -375,7 +376,8 @@ def test_planted_faults_are_found():
     for number, (old, new, _) in enumerate(FAULTS, 1):
         assert source.count(old) == 1, old
         source = source.replace(old, new.replace("{planted}", f"(planted == {number})"))
-    library = native.engines_on_cpu(native.planted(PER_STEP, source))
+    planted = [native.planted(PER_STEP, source), *native.ENGINES[1:]]
+    library = native.engines_on_cpu(planted, "planted_engines_on_cpu")
     script = f"import test_cuda_on_cpu as t; t.print_faults({str(library)!r})"
     run = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent,
                          capture_output=True, text=True)  # fmt: skip

@@ -414,7 +414,8 @@ class Backward {
     if constexpr (is_varied<Cell> && Cell::has_c)
       if (norm != LayerNorm::none) return hidden_half(row, i, unit, n, d_h, factors);
     V d_input_gates[Cell::gates], d_hidden_gates[Cell::gates];
-    backward_units<Cell, S>(p, row, unit, n, d_h, weight_ch, h_row(row.lane, i) + unit,
+    backward_units<Cell, S>(p, row, unit, n, load_results<Cell, S, V>(p, row, unit, n), d_h,
+                            weight_ch, h_row(row.lane, i) + unit,
                             Cell::has_c ? c_row(row.lane, i) + unit : nullptr, d_input_gates,
                             d_hidden_gates, d_weight_ch, factors);
     for (int k = 0; k < Cell::unit_weights; ++k) add_unit(row, k, unit, d_weight_ch[k]);

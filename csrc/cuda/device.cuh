@@ -7,6 +7,12 @@
 // for sm_80 too, as one binary serves all, but trap there: launching them is the caller's mistake.
 #pragma once
 
+namespace fused_rnn::cuda {
+
+constexpr unsigned warp_size = 32;
+
+}  // namespace fused_rnn::cuda
+
 #if !defined(__CUDACC__)
 #include "cuda_on_cpu/device.h"
 #else
@@ -23,6 +29,8 @@
 #include "../dtype.h"
 
 #define KERNEL __global__
+// Of blocks of so many threads, which may take all registers.
+#define KERNEL_OF(threads) __global__ __launch_bounds__(threads, 1)
 #define DEVICE __device__ __forceinline__
 
 // PTX for sm_90 and later, a trap before.

@@ -350,7 +350,8 @@ DEVICE void backward_unit(const RecurrenceBackwardParams& p, const BackwardState
   using V = Compute<S>;
   V d_input_gates[Cell::gates], d_hidden_gates[Cell::gates];
   V d_weight_ch[Cell::unit_weights > 0 ? Cell::unit_weights : 1];
-  backward_units<Cell, S>(p, row, unit, 1, d_h, weight_ch_of<Cell, S>(p, row.lane),
+  backward_units<Cell, S>(p, row, unit, 1, load_results<Cell, S, V>(p, row, unit, 1), d_h,
+                          weight_ch_of<Cell, S>(p, row.lane),
                           at(state.d_h, p.B, p.P, row.lane, row.b) + unit,
                           Cell::has_c ? at(state.d_c, p.B, p.H, row.lane, row.b) + unit : nullptr,
                           d_input_gates, d_hidden_gates, d_weight_ch, factors);
@@ -487,9 +488,9 @@ KERNEL void backward_row_kernel(RecurrenceBackwardParams p, BackwardState<S> sta
       sums_of_c[1] = sums_of_c[1] + d_normal * normal(places.c, unit);
     } else {
       V d_input_gates[G], d_hidden_gates[G];
-      backward_units<Cell, S, V>(p, row, unit, 1, d_h, nullptr,
-                                 at(state.d_h, p.B, p.P, lane, b) + unit, nullptr, d_input_gates,
-                                 d_hidden_gates, nullptr, factors);
+      backward_units<Cell, S, V>(p, row, unit, 1, load_results<Cell, S, V>(p, row, unit, 1), d_h,
+                                 nullptr, at(state.d_h, p.B, p.P, lane, b) + unit, nullptr,
+                                 d_input_gates, d_hidden_gates, nullptr, factors);
       pass_gates(unit, d_input_gates, d_hidden_gates);
     }
   });

@@ -36,8 +36,6 @@ DEVICE C draw_keep(const Shape& p, int64_t lane, int64_t b, int64_t unit) {
   return dropped ? C(0) : static_cast<C>(1 / (1 - probability));
 }
 
-constexpr unsigned warp_size = 32;
-
 // Warps of a row's block: so many leave each thread 168 registers, which tests/test_kernel_resources.py
 // looks at, and duals all that there are.
 template <class C>

@@ -13,6 +13,7 @@
 #include "runner.h"
 
 #define KERNEL inline
+#define KERNEL_OF(threads) inline
 #define DEVICE inline
 
 #define FUSED_RNN_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()

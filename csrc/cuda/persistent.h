@@ -1,0 +1,169 @@
+// The persistent engines: weights resident for the whole sequence. What they are, and how a layer is
+// laid out over a GPU; the face to the binding. No torch and no CUDA here.
+//
+// A team of thread blocks shares the recurrent matrix of a lane. Each keeps the rows of its hidden
+// units, all gates of them, from the first timestep to the last: some in registers, the rest in shared
+// memory. Per timestep a team hands its new h (forward) or its products (backward) to all its members,
+// and their arrival is the only synchronisation. Two ways to do that are two engines:
+//
+//   persistent_cluster   a team is a thread-block cluster, hands over through distributed shared memory
+//   persistent_grid      a team is any set of blocks of a cooperative launch, hands over through L2
+//
+// Units lie in blocks of 16, as many as an mma has rows, rows of the batch in tiles of 8, as many as it
+// has columns. A team takes several tiles in turns, so that one is computed while others are handed over.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../params.h"
+#include "per_step.h"
+
+namespace fused_rnn::cuda {
+
+constexpr int tile_rows = 8;
+constexpr int unit_block = 16;
+constexpr int pairs_of_block = unit_block * tile_rows;  // of a unit and a row
+constexpr int team_warps = 12;                          // of each thread block of a team
+constexpr int max_unit_blocks = 3;                      // of each, and a divisor of team_warps
+// Pieces of the matrix (product.cuh) that a thread keeps in registers, 8 registers each. Exact products
+// of floats need registers for more sums.
+constexpr int resident_pieces = 12;
+constexpr int resident_pieces_exact = 6;
+constexpr int piece_bytes = 1024;
+constexpr int slice_bytes = 64;                              // of a row, in each piece
+constexpr int slice_columns_bytes = slice_bytes * tile_rows;  // of the other operand
+
+enum class Engine : int { per_step, persistent_cluster, persistent_grid };
+
+// A team that computes float32 rounds operands to TF32, or does not.
+struct Layout {
+  Engine engine;
+  bool tf32;
+  int team;         // thread blocks
+  int unit_blocks;  // of each: 1..3, in a grid 1
+  int tiles;        // that a team takes in turns
+  int teams;        // at work at once
+};
+
+HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+HOST_DEVICE constexpr int64_t slices_of(int64_t values, int storage) {
+  return ceil_div(values * storage, slice_bytes);
+}
+
+// How many tiles a lane has, and groups of them that a team takes in turns.
+HOST_DEVICE int64_t tiles_of_lane(const Shape& p) { return ceil_div(p.B, tile_rows); }
+HOST_DEVICE int64_t groups_of_lane(const Shape& p, const Layout& layout) {
+  return ceil_div(tiles_of_lane(p), layout.tiles);
+}
+
+// What of a piece's rows a warp has: forward, of the slices of its unit block's gates, `resident` in
+// registers; backward, of the unit blocks that its part of the product gives.
+HOST_DEVICE constexpr int resident_slices(int gates, int resident) { return resident / gates; }
+HOST_DEVICE constexpr int resident_tiles(int gate_slices, int resident) {
+  return resident >= gate_slices ? resident / gate_slices : 1;
+}
+
+// Where things lie in a thread block's shared memory, in bytes; the last is how many there are.
+struct ForwardPlaces {
+  size_t states;    // (tiles, 2, slices) slices: h as an operand; in a grid (slices)
+  size_t sums;      // (2, warps, gates) x 512: what warps have summed up of a tile's gates
+  size_t bias;      // (gates, pairs) float
+  size_t c;         // (tiles, pairs) float
+  size_t own_h;     // (tiles, pairs) s
+  size_t spans;     // (tiles) Span
+  size_t barriers;  // (tiles, 2) Barrier
+  size_t pieces;    // (warps, slices not in registers, gates) pieces
+  size_t bytes;
+
+  HOST_DEVICE constexpr ForwardPlaces(const Layout& layout, int gates, int storage, int64_t H,
+                                      int resident);
+};
+
+struct BackwardPlaces {
+  size_t inbox;      // (tiles, 2, team, unit blocks) x 512; in a grid 8 x 512
+  size_t d_gates;    // (2, gate slices) slices: as an operand
+  size_t d_h, d_c;   // (tiles, pairs) float
+  size_t unit_sums;  // (tiles, unit weights, pairs) float
+  size_t spans;      // (tiles) Span
+  size_t barriers;   // (tiles, 2) Barrier
+  size_t pieces;     // (warps, tiles not in registers, gate slices) pieces
+  size_t bytes;
+
+  HOST_DEVICE constexpr BackwardPlaces(const Layout& layout, int gates, int unit_weights,
+                                       int storage, int resident);
+};
+
+// The steps 0..T of a tile that have rows, and how many hand-overs there were before them.
+struct Span {
+  int begin, end;
+  unsigned before;
+};
+
+namespace detail {
+
+struct Carver {
+  size_t at = 0;
+  HOST_DEVICE constexpr size_t take(size_t bytes) {
+    const size_t place = at;
+    at += (bytes + 15) / 16 * 16;
+    return place;
+  }
+};
+
+}  // namespace detail
+
+HOST_DEVICE constexpr ForwardPlaces::ForwardPlaces(const Layout& layout, int gates, int storage,
+                                                   int64_t H, int resident)
+    : states(0), sums(0), bias(0), c(0), own_h(0), spans(0), barriers(0), pieces(0), bytes(0) {
+  detail::Carver carve;
+  const bool cluster = layout.engine == Engine::persistent_cluster;
+  const size_t tiles = layout.tiles, pairs = size_t(layout.unit_blocks) * pairs_of_block;
+  const int64_t slices = slices_of(H, storage);
+  const int64_t of_warp = ceil_div(slices, team_warps / layout.unit_blocks);
+  const int64_t kept = resident_slices(gates, resident);
+  states = carve.take((cluster ? tiles * 2 : 1) * slices * slice_columns_bytes);
+  sums = carve.take(size_t(2) * team_warps * gates * 512);
+  bias = carve.take(gates * pairs * sizeof(float));
+  c = carve.take(tiles * pairs * sizeof(float));
+  own_h = carve.take(tiles * pairs * storage);
+  spans = carve.take(tiles * sizeof(Span));
+  barriers = carve.take(tiles * 2 * sizeof(uint64_t));
+  pieces = carve.take(size_t(team_warps) * (of_warp > kept ? of_warp - kept : 0) * gates *
+                      piece_bytes);
+  bytes = carve.at;
+}
+
+HOST_DEVICE constexpr BackwardPlaces::BackwardPlaces(const Layout& layout, int gates,
+                                                     int unit_weights, int storage, int resident)
+    : inbox(0), d_gates(0), d_h(0), d_c(0), unit_sums(0), spans(0), barriers(0), pieces(0),
+      bytes(0) {
+  detail::Carver carve;
+  const bool cluster = layout.engine == Engine::persistent_cluster;
+  const size_t tiles = layout.tiles, pairs = size_t(layout.unit_blocks) * pairs_of_block;
+  const int64_t slices = slices_of(int64_t(gates) * layout.unit_blocks * unit_block, storage);
+  const int64_t of_warp = ceil_div(int64_t(layout.team) * layout.unit_blocks, team_warps);
+  const int64_t kept = resident_tiles(slices, resident);
+  inbox = carve.take(512 * (cluster ? tiles * 2 * layout.team * layout.unit_blocks : 8));
+  d_gates = carve.take(size_t(2) * slices * slice_columns_bytes);
+  d_h = carve.take(tiles * pairs * sizeof(float));
+  d_c = carve.take(tiles * pairs * sizeof(float));
+  unit_sums = carve.take(tiles * unit_weights * pairs * sizeof(float));
+  spans = carve.take(tiles * sizeof(Span));
+  barriers = carve.take(tiles * 2 * sizeof(uint64_t));
+  pieces = carve.take(size_t(team_warps) * (of_warp > kept ? of_warp - kept : 0) * slices *
+                      piece_bytes);
+  bytes = carve.at;
+}
+
+void run_persistent_cluster(CellId cell, const RecurrenceForwardParams& p, const Layout& layout,
+                            const Host& host);
+void run_persistent_cluster(CellId cell, const RecurrenceBackwardParams& p, const Layout& layout,
+                            const Host& host);
+void run_persistent_grid(CellId cell, const RecurrenceForwardParams& p, const Layout& layout,
+                         const Host& host);
+void run_persistent_grid(CellId cell, const RecurrenceBackwardParams& p, const Layout& layout,
+                         const Host& host);
+
+}  // namespace fused_rnn::cuda

@@ -1,0 +1,55 @@
+// Which CUDA engine a recurrence takes, and how it is laid out over the chip: a small cost model, with
+// constants per chip, decides. No torch and no CUDA, so that any machine can be asked about any chip.
+#pragma once
+
+#include <cstddef>
+#include <string>
+#include <vector>
+
+#include "../params.h"
+#include "persistent.h"
+
+namespace fused_rnn::cuda {
+
+// What a plan knows of a GPU.
+struct Chip {
+  int capability;                       // 90 for sm_90
+  int multiprocessors;
+  size_t shared_bytes;                  // that a thread block may have
+  int clusters[5];                      // of 1, 2, 4, 8, 16 blocks that take all of that: how many fit
+  bool cooperative;                     // launches
+  double gigahertz;
+};
+
+constexpr int cluster_sizes[5] = {1, 2, 4, 8, 16};
+
+// A recurrence, as far as the choice depends on it.
+struct Task {
+  int gates, unit_weights;
+  DType dtype;
+  int64_t T, B, L, H;
+  bool tf32;           // whether float32 products may round
+  bool backward;
+  const char* needs;   // what only per_step has, or null
+};
+
+// An engine considered: how it would run, or why it can't.
+struct Candidate {
+  Layout layout;
+  bool possible;
+  std::string why;              // not, or else what the time is made of
+  double microseconds_per_step;  // predicted
+};
+
+// All engines, the one that is taken first.
+std::vector<Candidate> candidates(const Task& task, const Chip& chip);
+
+// The first of them, or of `engine` alone; throws std::invalid_argument where that can't take the task.
+Layout choose(const Task& task, const Chip& chip, const char* engine);
+
+// The current device.
+Chip chip_at_hand();
+
+constexpr const char* engine_names[] = {"per_step", "persistent_cluster", "persistent_grid"};
+
+}  // namespace fused_rnn::cuda
