@@ -438,8 +438,15 @@ void run_recurrence(const CellTraits& cell, bool varied, bool tf32, const Params
   const cuda::CellId id{static_cast<int>(cell.index), varied};
   on_cuda(like, [&](void* stream) {
     host.stream = stream;
-    const cuda::Task task{static_cast<int>(cell.gates), static_cast<int>(cell.unit_weights),
-                          p.dtype, p.T, p.B, p.L, p.H, tf32, is_backward(p),
+    const cuda::Task task{static_cast<int>(cell.gates),
+                          static_cast<int>(cell.unit_weights),
+                          p.dtype,
+                          p.T,
+                          p.B,
+                          p.L,
+                          p.H,
+                          tf32,
+                          is_backward(p),
                           needs_per_step(cell, varied, p)};
     const cuda::Layout layout =
         cuda::choose(task, cuda::chip_at_hand(), std::getenv("FUSED_RNN_CUDA_ENGINE"));
@@ -1038,8 +1045,8 @@ RecurrenceForward recurrence_forward(const CellTraits& cell, Tensor input_gates,
                                      OptionalTensor cx, Tensor weight_hh, OptionalTensor bias_hh,
                                      OptionalTensor weight_hr, OptionalTensor weight_ch,
                                      OptionalTensor lengths, OptionalTensor resets,
-                                     int64_t directions, bool save_reserve, bool save_cells, bool tf32,
-                                     RecurrentVariation* varied = nullptr) {
+                                     int64_t directions, bool save_reserve, bool save_cells,
+                                     bool tf32, RecurrentVariation* varied = nullptr) {
   RecurrenceForwardParams p{};
   p.dtype = storage_or_dual_type("input_gates", input_gates);
   STD_TORCH_CHECK(input_gates.dim() == 4 && input_gates.size(3) % cell.gates == 0,
@@ -1493,10 +1500,10 @@ FUSED_RNN_FOR_EACH_CELL(FUSED_RNN_LAYER)
         {},                                                                                       \
         statistics,                                                                               \
         {}};                                                                                      \
-    auto results = recurrence_backward(                                                           \
-        traits(CellIndex::name), grad_output, grad_h_n, grad_c_n, grad_cells, output, reserve,    \
-        cells, hx, cx, weight_hh, weight_hr, weight_ch, lengths, resets, directions, false,       \
-        &varied);                                                                                 \
+    auto results =                                                                                \
+        recurrence_backward(traits(CellIndex::name), grad_output, grad_h_n, grad_c_n, grad_cells, \
+                            output, reserve, cells, hx, cx, weight_hh, weight_hr, weight_ch,      \
+                            lengths, resets, directions, false, &varied);                         \
     return std::tuple_cat(results, std::tuple(*varied.keep));                                     \
   }
 FUSED_RNN_FOR_EACH_CELL(FUSED_RNN_RECURRENCE)
@@ -1563,8 +1570,10 @@ constexpr const char* layer_schemas[] = {
   " -> (Tensor d_input_gates, Tensor d_hidden_gates, Tensor d_hx, Tensor d_cx, " \
   "Tensor d_output, Tensor d_unit_weights"
 constexpr const char* recurrence_schemas[] = {
-    "_" FUSED_RNN_RECURRENCE_FORWARD_SCHEMA ", bool tf32=False)" FUSED_RNN_RECURRENCE_FORWARD_RESULTS ")",
-    "_" FUSED_RNN_RECURRENCE_BACKWARD_SCHEMA ", bool tf32=False)" FUSED_RNN_RECURRENCE_BACKWARD_RESULTS ")",
+    "_" FUSED_RNN_RECURRENCE_FORWARD_SCHEMA
+    ", bool tf32=False)" FUSED_RNN_RECURRENCE_FORWARD_RESULTS ")",
+    "_" FUSED_RNN_RECURRENCE_BACKWARD_SCHEMA
+    ", bool tf32=False)" FUSED_RNN_RECURRENCE_BACKWARD_RESULTS ")",
     "_varied_" FUSED_RNN_RECURRENCE_FORWARD_SCHEMA
     ", Tensor[] norms, Tensor? bias_ih" FUSED_RNN_VARIED_SCHEMA FUSED_RNN_RECURRENCE_FORWARD_RESULTS
     ", Tensor statistics)",

@@ -414,8 +414,7 @@ HOST_DEVICE V collect_d_hidden(const RowStep& row, int64_t n, V product, const G
 template <bool varied, class S, class V, class DState>
 HOST_DEVICE V collect_d_hidden(const BackwardParams& p, const RowStep& row, int64_t unit, int64_t n,
                                V product, DState* d_h_state, const Factors<V>& factors = {}) {
-  const S* grad =
-      p.grad_output.data ? p.grad_output.at<S>(row.t, row.b, row.lane) + unit : nullptr;
+  const S* grad = p.grad_output.data ? p.grad_output.at<S>(row.t, row.b, row.lane) + unit : nullptr;
   return collect_d_hidden<varied>(row, n, product, grad, d_h_state, factors);
 }
 
@@ -460,10 +459,8 @@ HOST_DEVICE ForwardResults<Cell, V> load_results(const BackwardParams& p, const 
       results.next.h = Memory<V>::load(p.output.at<S>(row.t, row.b, row.lane) + unit, n);
   }
   if constexpr (Cell::reads_prev_h) results.prev.h = previous_hidden<S, V>(p, row, unit, n);
-  if constexpr (Cell::has_c)
-    load_cells<Cell, S>(p, row, unit, n, results.prev.c, results.next.c);
-  for (int i = 0; i < Cell::saved; ++i)
-    results.saved[i] = saved_value<S, V>(p, row, unit, n, i);
+  if constexpr (Cell::has_c) load_cells<Cell, S>(p, row, unit, n, results.prev.c, results.next.c);
+  for (int i = 0; i < Cell::saved; ++i) results.saved[i] = saved_value<S, V>(p, row, unit, n, i);
   return results;
 }
 
@@ -473,9 +470,9 @@ HOST_DEVICE ForwardResults<Cell, V> load_results(const BackwardParams& p, const 
 template <class Cell, class S, class V>
 HOST_DEVICE void backward_units(const BackwardParams& p, const RowStep& row, int64_t unit,
                                 int64_t n, const ForwardResults<Cell, V>& of, V d_h,
-                                const void* weight_ch, Compute<S>* d_h_state,
-                                Compute<S>* d_c_state, V* d_input_gates, V* d_hidden_gates,
-                                V* d_weight_ch, const Factors<V>& factors = {}) {
+                                const void* weight_ch, Compute<S>* d_h_state, Compute<S>* d_c_state,
+                                V* d_input_gates, V* d_hidden_gates, V* d_weight_ch,
+                                const Factors<V>& factors = {}) {
   State<V> d_next{d_h, V(0)}, d_prev{V(0), V(0)};
   V d_c_passed_by(0);
   if constexpr (Cell::has_c) {

@@ -8,7 +8,7 @@
 namespace fused_rnn::cuda {
 namespace {
 
-KERNEL_OF(team_warps * warp_size)
+KERNEL_OF(team_warps* warp_size)
 void probe_kernel() {}
 
 int attribute(cudaDeviceAttr which, int device) {
@@ -65,7 +65,8 @@ Chip chip_at_hand() {
   check(cudaGetDevice(&device), "cudaGetDevice");
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = known.find(device);
-  return found != known.end() ? found->second : known.emplace(device, look_at(device)).first->second;
+  return found != known.end() ? found->second
+                              : known.emplace(device, look_at(device)).first->second;
 }
 
 }  // namespace fused_rnn::cuda

@@ -51,6 +51,12 @@ struct Dim {
 DEVICE Dim block_index() { return {blockIdx.x, blockIdx.y, blockIdx.z}; }
 DEVICE Dim grid_size() { return {gridDim.x, gridDim.y, gridDim.z}; }
 DEVICE unsigned thread_index() { return threadIdx.x; }
+// The same, read again: what is computed from it lives in no register before that.
+DEVICE unsigned thread_index_again() {
+  unsigned index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+}
 DEVICE unsigned block_size() { return blockDim.x; }
 DEVICE unsigned warp_lane() { return threadIdx.x % 32; }
 DEVICE unsigned warp_index() { return threadIdx.x / 32; }

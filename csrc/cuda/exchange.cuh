@@ -25,6 +25,24 @@ struct Member {
       : rank(block_index().x % layout.team), team(block_index().x / layout.team) {}
 };
 
+// The unit and row that a thread computes: 16 units of a row, side by side, in half a warp.
+struct Pair {
+  bool exists;
+  unsigned number;     // of the thread block's pairs
+  int block;           // unit block of this thread block
+  unsigned row, unit;  // of the tile, of the unit block
+  int index;           // of unit in the layer
+
+  DEVICE Pair(const Layout& layout, const Member& member) {
+    number = thread_index_again();
+    exists = number < unsigned(layout.unit_blocks * pairs_of_block);
+    block = number / pairs_of_block;
+    row = number / unit_block % tile_rows;
+    unit = number % unit_block;
+    index = (member.rank * layout.unit_blocks + block) * unit_block + unit;
+  }
+};
+
 // The transaction barriers of a cluster, two for every tile.
 class Arrivals {
  public:
@@ -94,10 +112,10 @@ template <class S>
 class ClusterStates {
  public:
   DEVICE ClusterStates(const Layout& layout, const ForwardPlaces& places, unsigned char* shared,
-                       const Member&, int64_t H, Words4*)
+                       const Member&, Words4*)
       : states_(reinterpret_cast<Words4*>(shared + places.states)),
         team_(layout.team),
-        words_(static_cast<int>(slices_of(H, sizeof(S))) * warp_size),
+        words_(places.state_slices * warp_size),
         arrivals_(layout, shared + places.barriers,
                   layout.team * layout.unit_blocks * pairs_of_block * sizeof(S)) {}
 
@@ -132,7 +150,7 @@ template <class S>
 class GridStates {
  public:
   DEVICE GridStates(const Layout& layout, const ForwardPlaces& places, unsigned char* shared,
-                    const Member& member, int64_t, Words4* ring)
+                    const Member& member, Words4* ring)
       : state_(reinterpret_cast<Words4*>(shared + places.states)),
         ring_(ring + member.team * ring_words(layout)),
         team_(layout.team) {}
@@ -144,25 +162,27 @@ class GridStates {
 
   DEVICE Words4* at(int, unsigned) const { return state_; }
 
-  // Brings slices first .. first + count, for the warp that asks.
+  // Brings slices first .. first + count, for the warp that asks. What they overwrite was read before the
+  // last sync_threads.
   DEVICE void await(int tile, unsigned turn, int first, int count) const {
     constexpr int blocks = slice_bytes / (unit_block * sizeof(S));  // of a slice
     const int begin = first * blocks, after = begin + count * blocks;
     const int end = after < team_ ? after : team_;
     const Words4* const from = of(tile, turn);
     uint32_t* const to = reinterpret_cast<uint32_t*>(state_);
-    sync_warp();  // all lanes have read what this overwrites
-    poll(begin * of_block + warp_lane(), end * of_block, warp_size, turn + 1,
-         [&](int i) { return from + i; },
-         [&](int i, const Words4& words) {
-           const int block = i / of_block, pair = i % of_block / of_warp;
-           for (int j = 0; j < 3; ++j) {
-             const int word = i % of_warp * 3 + j, half = words_of_warp<S> / 2;
-             if (word < words_of_warp<S>)
-               to[block / blocks * slice_columns_bytes / 4 + (pair * 2 + word / half) * 16 +
-                  block % blocks * half + word % half] = words.w[j];
-           }
-         });
+    const int lane = thread_index_again() % warp_size;
+    poll(
+        begin * of_block + lane, end * of_block, warp_size, turn + 1,
+        [&](int i) { return from + i; },
+        [&](int i, const Words4& words) {
+          const int block = i / of_block, pair = i % of_block / of_warp;
+          for (int j = 0; j < 3; ++j) {
+            const int word = i % of_warp * 3 + j, half = words_of_warp<S> / 2;
+            if (word < words_of_warp<S>)
+              to[block / blocks * slice_columns_bytes / 4 + (pair * 2 + word / half) * 16 +
+                 block % blocks * half + word % half] = words.w[j];
+          }
+        });
     sync_warp();  // all of it is there
   }
 
@@ -176,8 +196,8 @@ class GridStates {
     }
     words.w[3] = turn + 1;
     if (warp_lane() < of_warp)
-      store_relaxed_16(of(tile, turn) + unit / unit_block * of_block + row / 2 * of_warp + warp_lane(),
-                       words);
+      store_relaxed_16(
+          of(tile, turn) + unit / unit_block * of_block + row / 2 * of_warp + warp_lane(), words);
   }
 
  private:
@@ -216,14 +236,14 @@ class ClusterSums {
 
   // The sum over all members for a thread's unit and row, in one of this member's unit blocks. Four
   // lanes read 16 bytes of different members and exchange what is not theirs.
-  DEVICE float collect(int tile, unsigned turn, bool has_pair, int block, unsigned unit,
-                       unsigned row) const {
-    if (!has_pair) return 0;
+  DEVICE float collect(int tile, unsigned turn, const Pair& pair) const {
+    if (!pair.exists) return 0;
     arrivals_.wait(tile, turn);
     const bool high = warp_lane() & 8, odd = warp_lane() & 16;
     float sums[4] = {0, 0, 0, 0};
     for (unsigned from = warp_lane() / 8; from < team_; from += 4) {
-      const Sums of = fused_rnn::detail::bit_cast<Sums>(at(tile, turn, from, block)[place_of(unit, row)]);
+      const Sums of = fused_rnn::detail::bit_cast<Sums>(
+          at(tile, turn, from, pair.block)[place_of(pair.unit, pair.row)]);
       for (int i = 0; i < 4; ++i) sums[i] += of.v[i];
     }
     // Numbers 2, 3 are of the units above 8, odd ones of odd rows.
@@ -275,32 +295,33 @@ class GridSums {
     }
   }
 
-  // All threads of the block: each adds up one word of every eighth member.
-  DEVICE float collect(int tile, unsigned turn, bool has_pair, int, unsigned unit,
-                       unsigned row) const {
+  // All threads of the block: each adds up one word of every fifth member.
+  DEVICE float collect(int tile, unsigned turn, const Pair& pair) const {
     const int word = thread_index() % of_block, part = thread_index() / of_block;
     if (part < parts) {
       float sums[3] = {0, 0, 0};
-      poll(part, team_, parts, turn + 1, [&](int from) { return at(tile, turn, rank_, from) + word; },
-           [&](int, const Words4& words) {
-             for (int i = 0; i < 3; ++i)
-               sums[i] += fused_rnn::detail::bit_cast<float>(words.w[i]);
-           });
+      poll(
+          part, team_, parts, turn + 1,
+          [&](int from) { return at(tile, turn, rank_, from) + word; },
+          [&](int, const Words4& words) {
+            for (int i = 0; i < 3; ++i) sums[i] += fused_rnn::detail::bit_cast<float>(words.w[i]);
+          });
       for (int i = 0; i < 3; ++i)
         if (word * 3 + i < pairs_of_block) parts_[part * pairs_of_block + word * 3 + i] = sums[i];
     }
     sync_threads();  // all parts are there
     float sum = 0;
-    if (has_pair)
+    if (pair.exists)
       for (int i = 0; i < parts; ++i)
-        sum += parts_[i * pairs_of_block + (unit % 8 * 4 + row / 2) * 4 + number_of(unit, row)];
+        sum += parts_[i * pairs_of_block + (pair.unit % 8 * 4 + pair.row / 2) * 4 +
+                      number_of(pair.unit, pair.row)];
     return sum;
   }
 
  private:
   static constexpr int of_block = tagged_words(pairs_of_block);
-  static constexpr int parts = 8;
-  static_assert(parts * of_block <= team_warps * 32);
+  static constexpr int parts = 5;
+  static_assert(parts * of_block <= int(team_warps * warp_size));
 
   // What goes to a member from another.
   DEVICE Words4* at(int tile, unsigned turn, unsigned to, unsigned from) const {

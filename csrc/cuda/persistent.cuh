@@ -1,17 +1,17 @@
 // The kernels of the persistent engines (persistent.h).
 //
-// A team of `team` thread blocks of 12 warps owns a lane; block `rank` of it owns the units from
+// A team of `team` thread blocks of 8 warps owns a lane; block `rank` of it owns the units from
 // rank * unit_blocks * 16 on. Of a tile, 8 rows of the batch, at each step:
 //
 //   forward    await h (8, H)         each warp: its slices of h, all gates of one unit block
-//              W h                    12 / unit_blocks warps share a unit block's columns
+//              W h                    8 / unit_blocks warps share a unit block's columns
 //              sync_threads           sums of a unit block in shared memory
 //              cell, hand over h      a thread has one pair of unit and row
 //
 //   backward   collect d_gates W_hh   the members' shares of it, for own units
 //              cell                   a thread has one pair of unit and row
 //              sync_threads           own d_gates in shared memory
-//              W^T d_gates, hand over each warp: every 12th unit block of the layer, all own gates
+//              W^T d_gates, hand over each warp: every 8th unit block of the layer, all own gates
 //
 // One sync_threads per step is enough. Shared memory between its two halves alternates between two
 // buffers; and who writes the buffer of step n + 2 has been through the meeting of step n + 1, which all
@@ -33,21 +33,8 @@ namespace fused_rnn::cuda {
 
 constexpr unsigned team_threads = team_warps * warp_size;
 
-// The unit and row that a thread computes: 16 units of a row, side by side, in half a warp.
-struct Pair {
-  bool exists;
-  int block;           // unit block of this thread block
-  unsigned row, unit;  // of the tile, of the unit block
-  int index;           // of unit in the layer
-
-  DEVICE Pair(const Layout& layout, const Member& member) {
-    exists = thread_index() < unsigned(layout.unit_blocks * pairs_of_block);
-    block = thread_index() / pairs_of_block;
-    row = thread_index() / unit_block % tile_rows;
-    unit = thread_index() % unit_block;
-    index = (member.rank * layout.unit_blocks + block) * unit_block + unit;
-  }
-};
+// Which warp this is, in a form that the compiler knows to be the same for all its lanes.
+DEVICE int uniform_warp() { return static_cast<int>(shuffle(warp_index(), 0)); }
 
 // The tiles that a team takes in turns.
 struct Group {
@@ -55,10 +42,9 @@ struct Group {
   int tiles;
 
   DEVICE Group(const Shape& p, const Layout& layout, int index) {
-    const int groups = static_cast<int>(groups_of_lane(p, layout));
-    lane = index / groups;
-    first = index % groups * layout.tiles;
-    const int left = static_cast<int>(tiles_of_lane(p)) - first;
+    lane = index / layout.groups;
+    first = index % layout.groups * layout.tiles;
+    const int left = static_cast<int>((p.B + tile_rows - 1) / tile_rows) - first;
     tiles = left < layout.tiles ? left : layout.tiles;
   }
   DEVICE int row(int tile, unsigned row_of_tile) const {
@@ -82,22 +68,25 @@ DEVICE void find_spans(const Shape& p, const Group& group, Span* spans) {
 // After a group: the hand-overs that its tiles made.
 DEVICE void count_turns(const Group& group, Span* spans) {
   const int tile = thread_index();
-  if (tile < group.tiles)
-    spans[tile].before += (spans[tile].end - spans[tile].begin);
+  if (tile < group.tiles) spans[tile].before += (spans[tile].end - spans[tile].begin);
 }
 
 DEVICE void no_turns(const Layout& layout, Span* spans) {
   for (int tile = thread_index(); tile < layout.tiles; tile += team_threads) spans[tile].before = 0;
 }
 
-// A lane's element of W_hh, as an operand; outside of it zero.
+// An element of a lane's W_hh, as an operand; outside of it zero.
 template <class Product>
-DEVICE uint32_t weight_operand(const Shape& p, const void* weight_hh, int gates, int64_t lane,
-                               int gate, int64_t unit, int64_t column) {
-  using S = typename Product::S;
-  if (unit >= p.H || column >= p.H) return 0;
-  return Product::operand(
-      static_cast<const S*>(weight_hh)[((lane * gates + gate) * p.H + unit) * p.H + column]);
+DEVICE uint32_t weight_operand(const typename Product::S* weight, unsigned H, unsigned gate,
+                               unsigned unit, unsigned column, bool exists = true) {
+  typename Product::S value{};
+  if (exists && unit < H && column < H) value = weight[(gate * H + unit) * H + column];
+  return Product::operand(value);
+}
+
+template <class Cell, class S>
+DEVICE const S* weight_of_lane(const Shape& p, const void* weight_hh, int lane) {
+  return static_cast<const S*>(weight_hh) + int64_t(lane) * Cell::gates * p.H * p.H;
 }
 
 // Pieces that did not find room in registers: a lane's own, 16 bytes at a time.
@@ -129,13 +118,12 @@ DEVICE float first_state(const Shape& p, const void* initial, int64_t lane, int6
 
 template <class Cell, class Product, template <class> class StatesOf>
 KERNEL_OF(team_threads)
-void forward_kernel(RecurrenceForwardParams p, Layout layout, Words4* ring) {
+void forward_kernel(RecurrenceForwardParams p, Layout layout, ForwardPlaces places, Words4* ring) {
   using S = typename Product::S;
   using V = float;
   constexpr int G = Cell::gates, kept = resident_slices(G, Product::resident);
   constexpr int width = slice_bytes / sizeof(S);  // columns of a slice
   unsigned char* const shared = dynamic_shared<unsigned char>();
-  const ForwardPlaces places(layout, G, sizeof(S), p.H, Product::resident);
   auto* const sums_of = reinterpret_cast<Words4*>(shared + places.sums);
   auto* const c_of = reinterpret_cast<V*>(shared + places.c);
   auto* const bias_of = reinterpret_cast<V*>(shared + places.bias);
@@ -145,23 +133,19 @@ void forward_kernel(RecurrenceForwardParams p, Layout layout, Words4* ring) {
   // Columns beyond H stay zero. Before others may send anything.
   for (unsigned i = thread_index(); i < (places.sums - places.states) / 16; i += team_threads)
     reinterpret_cast<Words4*>(shared + places.states)[i] = {};
-  const StatesOf<S> states(layout, places, shared, member, p.H, ring);
-  const Pair pair(layout, member);
+  const StatesOf<S> states(layout, places, shared, member, ring);
   const int pairs = layout.unit_blocks * pairs_of_block;
 
   // This warp's part of the product: slices first .. first + count of h, the gates of one unit block.
-  const int split = team_warps / layout.unit_blocks;
-  const int slices = static_cast<int>(slices_of(p.H, sizeof(S)));
-  const int first = warp_index() % split * slices / split;
-  const int count = (warp_index() % split + 1) * slices / split - first;
-  const int of_warp = (slices + split - 1) / split;
-  const int units = (member.rank * layout.unit_blocks + warp_index() / split) * unit_block;
+  const int warp = uniform_warp(), split = team_warps / layout.unit_blocks;
+  const int first = warp % split * places.slices / split;
+  const int count = (warp % split + 1) * places.slices / split - first;
   Piece pieces[kept][G];
   auto* const more_pieces = reinterpret_cast<Words4*>(shared + places.pieces) +
-                            warp_index() * (of_warp > kept ? of_warp - kept : 0) * G * 2 * warp_size;
+                            warp * places.more_slices * G * 2 * warp_size;
 
   no_turns(layout, spans);
-  const int T = static_cast<int>(p.T), groups = static_cast<int>(p.L * groups_of_lane(p, layout));
+  const int T = static_cast<int>(p.T), groups = static_cast<int>(p.L) * layout.groups;
   unsigned turns = 0;
   int lane = -1;
   bool reverse = false;
@@ -170,9 +154,11 @@ void forward_kernel(RecurrenceForwardParams p, Layout layout, Words4* ring) {
     if (group.lane != lane) {
       lane = group.lane;
       reverse = is_reverse(p, lane);
+      const S* const weight = weight_of_lane<Cell, S>(p, p.weight_hh, lane);
+      const int units = (member.rank * layout.unit_blocks + warp / split) * unit_block;
       const auto piece = [&](int slice, int g) {
         return make_piece<S>([&](unsigned row, unsigned column) {
-          return weight_operand<Product>(p, p.weight_hh, G, lane, g, units + row,
+          return weight_operand<Product>(weight, p.H, g, units + row,
                                          (first + slice) * width + column);
         });
       };
@@ -182,16 +168,17 @@ void forward_kernel(RecurrenceForwardParams p, Layout layout, Words4* ring) {
           if (i < count) pieces[i][g] = piece(i, g);
       for (int i = kept; i < count; ++i)
         for (int g = 0; g < G; ++g) keep_piece(more_pieces, (i - kept) * G + g, piece(i, g));
+      const Pair pair(layout, member);
       if (pair.exists)
         for (int g = 0; g < G; ++g)
-          bias_of[g * pairs + thread_index()] =
+          bias_of[g * pairs + pair.number] =
               p.bias_hh && pair.index < p.H
                   ? widen(static_cast<const S*>(p.bias_hh)[(lane * G + g) * p.H + pair.index])
                   : V(0);
     }
     sync_threads();  // all are done with the group before
     find_spans(p, group, spans);
-    if (pair.exists)
+    if (const Pair pair(layout, member); pair.exists)
       for (int tile = 0; tile < group.tiles; ++tile) {
         const int b = group.row(tile, pair.row);
         S h{};
@@ -201,8 +188,8 @@ void forward_kernel(RecurrenceForwardParams p, Layout layout, Words4* ring) {
           if constexpr (Cell::has_c)
             c = initial_state<S, V>(p, p.cx, p.c_n, p.H, lane, b, pair.index, 1);
         }
-        own_h_of[tile * pairs + thread_index()] = h;
-        c_of[tile * pairs + thread_index()] = c;
+        own_h_of[tile * pairs + pair.number] = h;
+        c_of[tile * pairs + pair.number] = c;
       }
     sync_threads();  // spans are there
 
@@ -211,38 +198,39 @@ void forward_kernel(RecurrenceForwardParams p, Layout layout, Words4* ring) {
         const Span span = spans[tile];
         if (step < span.begin || step >= span.end) continue;
         const unsigned turn = span.before + step - span.begin;
-        const int b = group.row(tile, pair.row), t = reverse ? T - 1 - step : step;
-        const bool active =
-            pair.exists && pair.index < p.H && b < p.B && t < row_length(p, b);
-        RowStep row{};
-        V input_gates[G], hidden_gates[G];
-        if (active) {
-          row = row_step(p, lane, b, t);
-          for (int g = 0; g < G; ++g)
-            input_gates[g] =
-                widen(p.input_gates.at<S>(t, b, lane)[g * p.H + pair.index]);
-        }
-
         Words4* const state = states.at(tile, turn - 1);
         if (step == span.begin) {
           sync_threads();  // all have read what was there
           auto* const words = reinterpret_cast<uint32_t*>(state);
           constexpr int per_word = 4 / sizeof(S), row_words = slice_bytes / 4;
-          for (int i = thread_index(); i < slices * tile_rows * row_words; i += team_threads) {
+          for (int i = thread_index(); i < places.slices * tile_rows * row_words;
+               i += team_threads) {
             const int from = group.row(tile, i / row_words % tile_rows);
             const int column = i / (row_words * tile_rows) * width + i % row_words * per_word;
             uint32_t word = 0;
             for (int j = 0; j < per_word; ++j)
               if (from < p.B && column + j < p.H)
-                word |= Product::operand(Narrow<S>::from(
-                            first_state<S>(p, p.hx, lane, from, column + j)))
+                word |= Product::operand(
+                            Narrow<S>::from(first_state<S>(p, p.hx, lane, from, column + j)))
                         << (8 * sizeof(S) * j);
             words[i] = word;
           }
           sync_threads();  // the initial state is there
-        } else {
-          states.await(tile, turn - 1, first, count);
         }
+        RowStep row{};
+        V input_gates[G];
+        bool active;
+        {
+          const Pair pair(layout, member);
+          const int b = group.row(tile, pair.row), t = reverse ? T - 1 - step : step;
+          active = pair.exists && pair.index < p.H && b < p.B && t < row_length(p, b);
+          if (active) {
+            row = row_step(p, lane, b, t);
+            for (int g = 0; g < G; ++g)
+              input_gates[g] = widen(p.input_gates.at<S>(t, b, lane)[g * p.H + pair.index]);
+          }
+        }
+        if (step > span.begin) states.await(tile, turn - 1, first, count);
 
         typename Product::Partial partial[G];
         const Words4* slice = state + first * warp_size;
@@ -257,34 +245,34 @@ void forward_kernel(RecurrenceForwardParams p, Layout layout, Words4* ring) {
         }
         Words4* const sums = sums_of + turns++ % 2 * team_warps * G * warp_size;
         for (int g = 0; g < G; ++g)
-          sums[(warp_index() * G + g) * warp_size + place_of_lane()] =
+          sums[(warp * G + g) * warp_size + place_of_lane()] =
               fused_rnn::detail::bit_cast<Words4>(Product::whole(partial[g]));
         sync_threads();  // all sums of the step are there
+        const Pair pair(layout, member);
         if (!pair.exists) continue;
 
-        S* const own_h = own_h_of + tile * pairs + thread_index();
+        S* const own_h = own_h_of + tile * pairs + pair.number;
         if (active) {
+          V hidden_gates[G];
           const auto* of_pair = reinterpret_cast<const V*>(
               &sums[pair.block * split * G * warp_size + place_of(pair.unit, pair.row)]);
           of_pair += number_of(pair.unit, pair.row);
           for (int g = 0; g < G; ++g) {
             hidden_gates[g] = 0;
-            for (int i = 0; i < split; ++i)
-              hidden_gates[g] += of_pair[(i * G + g) * warp_size * 4];
-            hidden_gates[g] += bias_of[g * pairs + thread_index()];
+            for (int i = 0; i < split; ++i) hidden_gates[g] += of_pair[(i * G + g) * warp_size * 4];
+            hidden_gates[g] += bias_of[g * pairs + pair.number];
           }
           forward_units<Cell, S>(p, row, pair.index, 1, input_gates, hidden_gates,
                                  own_weights<Cell, S>(p, p.weight_ch, lane), own_h,
-                                 c_of + tile * pairs + thread_index(), own_h);
+                                 c_of + tile * pairs + pair.number, own_h);
         }
         states.hand_over(tile, turn, pair.index, pair.row, Product::operand(*own_h));
       }
     // Nobody leaves, or begins again, before all that was sent to it is there.
     for (int tile = 0; tile < group.tiles; ++tile)
       if (spans[tile].end > spans[tile].begin)
-        states.await(tile,
-                     spans[tile].before + (spans[tile].end - spans[tile].begin) - 1,
-                     first, count);
+        states.await(tile, spans[tile].before + (spans[tile].end - spans[tile].begin) - 1, first,
+                     count);
     sync_threads();  // all have read the spans
     count_turns(group, spans);
   }
@@ -293,16 +281,19 @@ void forward_kernel(RecurrenceForwardParams p, Layout layout, Words4* ring) {
 // A unit block's sums over own gates: one after the other, or several that share what they read.
 template <class Cell, class Product, class Sums_, int unit_blocks>
 KERNEL_OF(team_threads)
-void backward_kernel(RecurrenceBackwardParams p, Layout layout, Words4* ring) {
+void backward_kernel(RecurrenceBackwardParams p, Layout layout, BackwardPlaces places,
+                     Words4* ring) {
   using S = typename Product::S;
   using V = float;
   constexpr int G = Cell::gates, U = Cell::unit_weights;
   constexpr int width = slice_bytes / sizeof(S);  // own gates of a slice
   constexpr int slices = static_cast<int>(slices_of(G * unit_blocks * unit_block, sizeof(S)));
   constexpr int kept = resident_tiles(slices, Product::resident);
-  constexpr int together = kept % 4 == 0 ? 4 : kept % 3 == 0 ? 3 : kept % 2 == 0 ? 2 : 1;
+  constexpr int together = kept > 0 && kept % 4 == 0   ? 4
+                           : kept > 0 && kept % 3 == 0 ? 3
+                           : kept == 2                 ? 2
+                                                       : 1;
   unsigned char* const shared = dynamic_shared<unsigned char>();
-  const BackwardPlaces places(layout, G, U, sizeof(S), Product::resident);
   auto* const d_gates_of = reinterpret_cast<Words4*>(shared + places.d_gates);
   auto* const d_h_of = reinterpret_cast<V*>(shared + places.d_h);
   auto* const d_c_of = reinterpret_cast<V*>(shared + places.d_c);
@@ -310,20 +301,19 @@ void backward_kernel(RecurrenceBackwardParams p, Layout layout, Words4* ring) {
   auto* const spans = reinterpret_cast<Span*>(shared + places.spans);
   const Member member(layout);
   const Sums_ exchange(layout, places, shared, member, ring);
-  const Pair pair(layout, member);
   constexpr int pairs = unit_blocks * pairs_of_block;
 
-  // This warp's part of the product: every 12th unit block of the layer.
-  const int blocks = layout.team * unit_blocks;
-  const int of_warp = (blocks + team_warps - 1) / team_warps;
-  const auto block_at = [&](int i) { return static_cast<int>(warp_index()) + i * team_warps; };
-  Piece pieces[kept / together][slices][together];
+  // This warp's part of the product: every 8th unit block of the layer.
+  const int warp = uniform_warp(), blocks = layout.team * unit_blocks;
+  const auto block_at = [&](int i) { return warp + i * team_warps; };
+  Piece pieces[kept > 0 ? kept / together : 1][slices][together];
   auto* const more_pieces = reinterpret_cast<Words4*>(shared + places.pieces) +
-                            warp_index() * (of_warp > kept ? of_warp - kept : 0) * slices * 2 * warp_size;
+                            warp * places.more_blocks * slices * 2 * warp_size;
 
   no_turns(layout, spans);
-  for (int i = thread_index(); i < 2 * slices * int(warp_size); i += team_threads) d_gates_of[i] = {};
-  const int T = static_cast<int>(p.T), groups = static_cast<int>(p.L * groups_of_lane(p, layout));
+  for (int i = thread_index(); i < 2 * slices * int(warp_size); i += team_threads)
+    d_gates_of[i] = {};
+  const int T = static_cast<int>(p.T), groups = static_cast<int>(p.L) * layout.groups;
   unsigned turns = 0;
   int lane = -1;
   bool reverse = false;
@@ -332,19 +322,20 @@ void backward_kernel(RecurrenceBackwardParams p, Layout layout, Words4* ring) {
     if (group.lane != lane) {
       lane = group.lane;
       reverse = is_reverse(p, lane);
+      const S* const weight = weight_of_lane<Cell, S>(p, p.weight_hh, lane);
       // Rows are the layer's units, columns own gates, block by block.
       const auto piece = [&](int block, int slice) {
         return make_piece<S>([&](unsigned row, unsigned column) -> uint32_t {
           const int of = slice * width + column, gate = of / unit_block % G;
           const int unit =
               (member.rank * unit_blocks + of / (unit_block * G)) * unit_block + of % unit_block;
-          if (of >= G * unit_blocks * unit_block) return 0;
-          return weight_operand<Product>(p, p.weight_hh, G, lane, gate, unit,
-                                         block * unit_block + row);
+          return weight_operand<Product>(weight, p.H, gate, unit, block * unit_block + row,
+                                         of < G * unit_blocks * unit_block);
         });
       };
 #pragma unroll
       for (int i = 0; i < kept; ++i)
+#pragma unroll
         for (int j = 0; j < slices; ++j)
           if (block_at(i) < blocks) pieces[i / together][j][i % together] = piece(block_at(i), j);
       for (int i = kept; block_at(i) < blocks; ++i)
@@ -353,17 +344,16 @@ void backward_kernel(RecurrenceBackwardParams p, Layout layout, Words4* ring) {
     }
     sync_threads();  // all are done with the group before
     find_spans(p, group, spans);
-    if (pair.exists)
+    if (const Pair pair(layout, member); pair.exists)
       for (int tile = 0; tile < group.tiles; ++tile) {
-        const int b = group.row(tile, pair.row);
-        const int at = tile * pairs + thread_index();
+        const int b = group.row(tile, pair.row), at = tile * pairs + pair.number;
         const bool is = b < p.B && pair.index < p.H;
         const auto given = [&](const void* grad) {
           return is && grad ? V(widen(state_at<S>(grad, p.B, p.H, lane, b)[pair.index])) : V(0);
         };
         d_h_of[at] = given(p.grad_h_n);
         if constexpr (Cell::has_c) d_c_of[at] = given(p.grad_c_n);
-        for (int k = 0; k < U; ++k) unit_sums[(tile * U + k) * pairs + thread_index()] = 0;
+        for (int k = 0; k < U; ++k) unit_sums[(tile * U + k) * pairs + pair.number] = 0;
       }
     sync_threads();  // spans are there
 
@@ -372,42 +362,42 @@ void backward_kernel(RecurrenceBackwardParams p, Layout layout, Words4* ring) {
         const Span span = spans[tile];
         if (step < span.begin || step >= span.end) continue;
         const unsigned turn = span.before + (span.end - 1 - step);
-        const int b = group.row(tile, pair.row), t = reverse ? T - 1 - step : step;
-        const int at = tile * pairs + thread_index();
-        const bool active =
-            pair.exists && pair.index < p.H && b < p.B && t < row_length(p, b);
         RowStep row{};
         ForwardResults<Cell, V> results;
         V grad_output = 0;
-        if (active) {
-          row = row_step(p, lane, b, t);
-          results = load_results<Cell, S, V>(p, row, pair.index, 1);
-          if (p.grad_output.data)
-            grad_output = widen(p.grad_output.at<S>(t, b, lane)[pair.index]);
+        bool active;
+        {
+          const Pair pair(layout, member);
+          const int b = group.row(tile, pair.row), t = reverse ? T - 1 - step : step;
+          active = pair.exists && pair.index < p.H && b < p.B && t < row_length(p, b);
+          if (active) {
+            row = row_step(p, lane, b, t);
+            results = load_results<Cell, S, V>(p, row, pair.index, 1);
+            if (p.grad_output.data)
+              grad_output = widen(p.grad_output.at<S>(t, b, lane)[pair.index]);
+          }
         }
-        V product = 0;
-        if (step < span.end - 1)
-          product = exchange.collect(tile, turn - 1, pair.exists, pair.block, pair.unit, pair.row);
+        const V product =
+            step < span.end - 1 ? exchange.collect(tile, turn - 1, Pair(layout, member)) : V(0);
 
         Words4* const d_gates = d_gates_of + turns++ % 2 * slices * warp_size;
-        if (pair.exists) {
+        if (const Pair pair(layout, member); pair.exists) {
+          const int at = tile * pairs + pair.number;
           V d_input_gates[G], d_hidden_gates[G];
           for (int g = 0; g < G; ++g) d_hidden_gates[g] = 0;
           if (active) {
-            const V d_h = collect_d_hidden<false>(row, 1, product,
-                                                  p.grad_output.data ? &grad_output : nullptr,
-                                                  &d_h_of[at]);
+            const V d_h = collect_d_hidden<false>(row, 1, product, &grad_output, &d_h_of[at]);
             V d_weight_ch[U > 0 ? U : 1];
             backward_units<Cell, S>(p, row, pair.index, 1, results, d_h,
                                     own_weights<Cell, S>(p, p.weight_ch, lane), &d_h_of[at],
                                     &d_c_of[at], d_input_gates, d_hidden_gates, d_weight_ch);
             for (int k = 0; k < U; ++k)
-              unit_sums[(tile * U + k) * pairs + thread_index()] += d_weight_ch[k];
+              unit_sums[(tile * U + k) * pairs + pair.number] += d_weight_ch[k];
             for (int g = 0; g < G; ++g) {
               const int64_t of = g * p.H + pair.index;
-              p.d_input_gates.at<S>(t, b, lane)[of] = Narrow<S>::from(d_input_gates[g]);
+              p.d_input_gates.at<S>(row.t, row.b, lane)[of] = Narrow<S>::from(d_input_gates[g]);
               if constexpr (Cell::split_gates)
-                p.d_hidden_gates.at<S>(t, b, lane)[of] = Narrow<S>::from(d_hidden_gates[g]);
+                p.d_hidden_gates.at<S>(row.t, row.b, lane)[of] = Narrow<S>::from(d_hidden_gates[g]);
               if (row.reset) d_hidden_gates[g] = 0;
             }
           } else {
@@ -451,22 +441,23 @@ void backward_kernel(RecurrenceBackwardParams p, Layout layout, Words4* ring) {
 
     for (int tile = 0; tile < group.tiles; ++tile) {
       const Span span = spans[tile];
-      const int at = tile * pairs + thread_index();
       V product = 0;
       if (span.end > span.begin)
-        product = exchange.collect(tile,
-                                   span.before + (span.end - span.begin) - 1,
-                                   pair.exists, pair.block, pair.unit, pair.row);
+        product =
+            exchange.collect(tile, span.before + (span.end - span.begin) - 1, Pair(layout, member));
+      const Pair pair(layout, member);
+      const int at = tile * pairs + pair.number;
       const int b = group.row(tile, pair.row);
       if (pair.exists && b < p.B && pair.index < p.H) {
         if (p.d_hx)
-          state_at<S>(p.d_hx, p.B, p.H, lane, b)[pair.index] = Narrow<S>::from(product + d_h_of[at]);
+          state_at<S>(p.d_hx, p.B, p.H, lane, b)[pair.index] =
+              Narrow<S>::from(product + d_h_of[at]);
         if constexpr (Cell::has_c)
           if (p.d_cx)
             state_at<S>(p.d_cx, p.B, p.H, lane, b)[pair.index] = Narrow<S>::from(d_c_of[at]);
         for (int k = 0; k < U; ++k)
           static_cast<V*>(p.d_unit_weights)[((lane * p.B + b) * U + k) * p.H + pair.index] =
-              unit_sums[(tile * U + k) * pairs + thread_index()];
+              unit_sums[(tile * U + k) * pairs + pair.number];
       }
       sync_threads();  // all have read the spans, and the sums
     }
@@ -499,7 +490,7 @@ void forward(const RecurrenceForwardParams& p, const Layout& layout, const Host&
   using S = typename Product::S;
   const ForwardPlaces places(layout, Cell::gates, sizeof(S), p.H, Product::resident);
   launch(forward_kernel<Cell, Product, StatesOf>, grid_of(layout, places.bytes),
-         static_cast<Stream>(host.stream), p, layout,
+         static_cast<Stream>(host.stream), p, layout, places,
          take_ring(host, layout.teams * StatesOf<S>::ring_words(layout)));
 }
 
@@ -509,7 +500,7 @@ void backward(const RecurrenceBackwardParams& p, const Layout& layout, const Hos
   const BackwardPlaces places(layout, Cell::gates, Cell::unit_weights, sizeof(S),
                               Product::resident);
   launch(backward_kernel<Cell, Product, Exchange, unit_blocks>, grid_of(layout, places.bytes),
-         static_cast<Stream>(host.stream), p, layout,
+         static_cast<Stream>(host.stream), p, layout, places,
          take_ring(host, layout.teams * Exchange::ring_words(layout)));
 }
 
@@ -521,7 +512,7 @@ inline int product_index(DType dtype, const Layout& layout) {
   return dtype == DType::float32 ? (layout.tf32 ? 0 : 1) : dtype == DType::bfloat16 ? 2 : 3;
 }
 
-#define FUSED_RNN_PRODUCTS(function, cell)                          \
+#define FUSED_RNN_PRODUCTS(function, cell)                              \
   {function<cell, MmaProduct<float>>(), function<cell, ExactProduct>(), \
    function<cell, MmaProduct<BFloat16>>(), function<cell, MmaProduct<Half>>()},
 

@@ -13,11 +13,9 @@ constexpr Run<RecurrenceForwardParams> forward_of() {
 }
 
 template <class Cell, class Product>
-void backward_by_blocks(const RecurrenceBackwardParams& p, const Layout& layout,
-                        const Host& host) {
-  constexpr Run<RecurrenceBackwardParams> by_blocks[] = {
-      backward<Cell, Product, ClusterSums, 1>, backward<Cell, Product, ClusterSums, 2>,
-      backward<Cell, Product, ClusterSums, 3>};
+void backward_by_blocks(const RecurrenceBackwardParams& p, const Layout& layout, const Host& host) {
+  constexpr Run<RecurrenceBackwardParams> by_blocks[] = {backward<Cell, Product, ClusterSums, 1>,
+                                                         backward<Cell, Product, ClusterSums, 2>};
   by_blocks[layout.unit_blocks - 1](p, layout, host);
 }
 

@@ -31,12 +31,12 @@ constexpr Run<RecurrenceBackwardParams> backward_table[][4] = {
 }  // namespace
 
 void run_persistent_grid(CellId cell, const RecurrenceForwardParams& p, const Layout& layout,
-                            const Host& host) {
+                         const Host& host) {
   forward_table[cell.index][product_index(p.dtype, layout)](p, layout, host);
 }
 
 void run_persistent_grid(CellId cell, const RecurrenceBackwardParams& p, const Layout& layout,
-                            const Host& host) {
+                         const Host& host) {
   backward_table[cell.index][product_index(p.dtype, layout)](p, layout, host);
 }
 

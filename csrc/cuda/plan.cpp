@@ -11,7 +11,7 @@ namespace {
 // What steps are made of, in cycles of a multiprocessor and bytes per cycle. From microbenchmarks by others
 // and arithmetic; none of it has been fitted to runs of these engines.
 struct Costs {
-  double mma = 6.6;           // of a quarter of a multiprocessor: m16n8k16 of half types, or m16n8k8 of TF32
+  double mma = 6.6;  // of a quarter of a multiprocessor: m16n8k16 of half types, or m16n8k8 of TF32
   double exact = 64;          // of a quarter: a piece by multiply-adds
   double shared = 128;        // bytes per cycle
   double cell = 300;          // sync, sums, cell, stores
@@ -38,10 +38,6 @@ size_t bytes_of(const Task& task, const Layout& layout) {
              : ForwardPlaces(layout, task.gates, storage, task.H, resident).bytes;
 }
 
-int64_t groups_of(const Task& task, const Layout& layout) {
-  return task.L * ceil_div(ceil_div(task.B, tile_rows), layout.tiles);
-}
-
 // Microseconds per timestep, all of the batch.
 double predict(const Task& task, const Chip& chip, const Layout& layout) {
   const Costs costs;
@@ -63,7 +59,8 @@ double predict(const Task& task, const Chip& chip, const Layout& layout) {
     const int64_t kept = resident_slices(task.gates, resident);
     pieces = static_cast<double>(slices * task.gates);
     in_shared = static_cast<double>(std::max<int64_t>(slices - kept, 0) * task.gates);
-    shared_bytes = team_warps * (static_cast<double>(slices) * slice_columns_bytes + 2 * task.gates * sums);
+    shared_bytes =
+        team_warps * (static_cast<double>(slices) * slice_columns_bytes + 2 * task.gates * sums);
     handed_over = static_cast<double>(layout.team) * layout.unit_blocks * pairs_of_block * storage *
                   (cluster ? 1 : 4.0 / 3);
   }
@@ -77,7 +74,7 @@ double predict(const Task& task, const Chip& chip, const Layout& layout) {
               : costs.grid + std::max(handed_over / costs.grid_bytes,
                                       handed_over * layout.team * layout.teams / costs.l2_bytes);
   const double step = std::max(layout.tiles * busy, busy + waiting);
-  const int64_t waves = ceil_div(groups_of(task, layout), layout.teams);
+  const int64_t waves = ceil_div(task.L * layout.groups, layout.teams);
   return step * waves / (chip.gigahertz * 1e3);
 }
 
@@ -85,9 +82,8 @@ Candidate per_step(const Task& task) {
   const Costs costs;
   const double weights = double(task.L) * task.gates * task.H * task.H * storage_of(task);
   const double flops = 2.0 * task.L * task.gates * task.H * task.H * task.B;
-  const double product =
-      std::max({costs.launch, weights / costs.memory, flops / costs.flops});
-  return {{Engine::per_step, task.tf32, 1, 1, 1, 1},
+  const double product = std::max({costs.launch, weights / costs.memory, flops / costs.flops});
+  return {{Engine::per_step, task.tf32, 1, 1, 1, 1, 1},
           true,
           task.needs ? std::string("the only engine with ") + task.needs
                      : "a product and a kernel for each timestep",
@@ -96,11 +92,12 @@ Candidate per_step(const Task& task) {
 
 std::string describe(const Task& task, const Layout& layout) {
   char text[160];
-  std::snprintf(text, sizeof(text),
-                "%d %s of %d blocks, %d units each, %d tile%s of 8 rows in turns, %zu KB of shared memory",
-                layout.teams, layout.teams == 1 ? "team" : "teams", layout.team,
-                layout.unit_blocks * unit_block, layout.tiles, layout.tiles == 1 ? "" : "s",
-                bytes_of(task, layout) / 1024);
+  std::snprintf(
+      text, sizeof(text),
+      "%d %s of %d blocks, %d units each, %d tile%s of 8 rows in turns, %zu KB of shared memory",
+      layout.teams, layout.teams == 1 ? "team" : "teams", layout.team,
+      layout.unit_blocks * unit_block, layout.tiles, layout.tiles == 1 ? "" : "s",
+      bytes_of(task, layout) / 1024);
   return text;
 }
 
@@ -108,15 +105,21 @@ std::string describe(const Task& task, const Layout& layout) {
 template <class TeamsOf>
 Candidate best(const Task& task, const Chip& chip, Engine engine, const std::vector<int>& sizes,
                const TeamsOf& teams_of, const std::string& too_large) {
-  Candidate found{{engine, task.tf32, 1, 1, 1, 1}, false, too_large, 0};
+  Candidate found{{engine, task.tf32, 1, 1, 1, 1, 1}, false, too_large, 0};
   const int64_t blocks = ceil_div(task.H, unit_block);
   const int64_t tiles = ceil_div(task.B, tile_rows);
   for (const int team : sizes) {
     const int64_t unit_blocks = ceil_div(blocks, team);
     if (unit_blocks > max_unit_blocks) continue;
     for (int in_turns = 1; in_turns <= std::min<int64_t>(tiles, 32); ++in_turns) {
-      Layout layout{engine, task.tf32, team, static_cast<int>(unit_blocks), in_turns, 1};
-      const int64_t teams = std::min<int64_t>(teams_of(team), groups_of(task, layout));
+      Layout layout{engine,
+                    task.tf32,
+                    team,
+                    static_cast<int>(unit_blocks),
+                    in_turns,
+                    1,
+                    static_cast<int>(ceil_div(tiles, in_turns))};
+      const int64_t teams = std::min<int64_t>(teams_of(team), task.L * layout.groups);
       if (teams == 0 || bytes_of(task, layout) > chip.shared_bytes) continue;
       layout.teams = static_cast<int>(teams);
       const double time = predict(task, chip, layout);
@@ -150,7 +153,8 @@ Candidate grid(const Task& task, const Chip& chip) {
   const std::string why = "the recurrent matrix of " + number(task.gates * task.H) + " x " +
                           number(task.H) + " does not fit into " + number(chip.multiprocessors) +
                           " multiprocessors";
-  if (team > chip.multiprocessors) return {{Engine::persistent_grid, task.tf32, 1, 1, 1, 1}, false, why, 0};
+  if (team > chip.multiprocessors)
+    return {{Engine::persistent_grid, task.tf32, 1, 1, 1, 1, 1}, false, why, 0};
   return best(task, chip, Engine::persistent_grid, {static_cast<int>(team)}, teams_of, why);
 }
 
@@ -159,11 +163,12 @@ std::string refused(const Task& task, const Chip& chip, Engine engine) {
   if (task.needs) return std::string("there is ") + task.needs;
   if (task.dtype != DType::float32 && task.dtype != DType::bfloat16 && task.dtype != DType::float16)
     return "the dtype is neither float32 nor a half type";
-  if (task.T >= int64_t(1) << 31 || task.L * task.B >= int64_t(1) << 31) return "T or B is beyond 2^31";
+  if (task.T >= int64_t(1) << 31 || task.L * task.B >= int64_t(1) << 31)
+    return "T or B is beyond 2^31";
   if (task.T == 0) return "there are no timesteps";
   if (engine == Engine::persistent_cluster && chip.capability < 90)
-    return "clusters need compute capability 9.0, this chip has " + number(chip.capability / 10) + "." +
-           number(chip.capability % 10);
+    return "clusters need compute capability 9.0, this chip has " + number(chip.capability / 10) +
+           "." + number(chip.capability % 10);
   if (chip.capability < 80) return "mma needs compute capability 8.0";
   if (engine == Engine::persistent_grid && !chip.cooperative)
     return "cooperative launches are not possible here";
@@ -177,7 +182,7 @@ std::vector<Candidate> candidates(const Task& task, const Chip& chip) {
   for (const Engine engine : {Engine::persistent_cluster, Engine::persistent_grid}) {
     const std::string why = refused(task, chip, engine);
     if (!why.empty())
-      all.push_back({{engine, task.tf32, 1, 1, 1, 1}, false, why, 0});
+      all.push_back({{engine, task.tf32, 1, 1, 1, 1, 1}, false, why, 0});
     else
       all.push_back(engine == Engine::persistent_cluster ? cluster(task, chip) : grid(task, chip));
   }
@@ -190,11 +195,11 @@ std::vector<Candidate> candidates(const Task& task, const Chip& chip) {
 
 Layout choose(const Task& task, const Chip& chip, const char* engine) {
   const auto all = candidates(task, chip);
-  if (!engine || !*engine) return all.front().layout;
+  if (!engine || !*engine || task.T == 0) return all.front().layout;
   for (const Candidate& candidate : all) {
     if (std::string(engine) != engine_names[static_cast<int>(candidate.layout.engine)]) continue;
     // What per_step alone has is its own, whatever is asked for.
-    if (!candidate.possible && task.needs) return all.front().layout;
+    if (task.needs) return all.front().layout;
     if (candidate.possible) return candidate.layout;
     throw std::invalid_argument(std::string("FUSED_RNN_CUDA_ENGINE is ") + engine +
                                 ", which cannot take this: " + candidate.why);

@@ -13,11 +13,11 @@ namespace fused_rnn::cuda {
 
 // What a plan knows of a GPU.
 struct Chip {
-  int capability;                       // 90 for sm_90
+  int capability;  // 90 for sm_90
   int multiprocessors;
-  size_t shared_bytes;                  // that a thread block may have
-  int clusters[5];                      // of 1, 2, 4, 8, 16 blocks that take all of that: how many fit
-  bool cooperative;                     // launches
+  size_t shared_bytes;  // that a thread block may have
+  int clusters[5];      // of 1, 2, 4, 8, 16 blocks that take all of that: how many fit
+  bool cooperative;     // launches
   double gigahertz;
 };
 
@@ -28,16 +28,16 @@ struct Task {
   int gates, unit_weights;
   DType dtype;
   int64_t T, B, L, H;
-  bool tf32;           // whether float32 products may round
+  bool tf32;  // whether float32 products may round
   bool backward;
-  const char* needs;   // what only per_step has, or null
+  const char* needs;  // what only per_step has, or null
 };
 
 // An engine considered: how it would run, or why it can't.
 struct Candidate {
   Layout layout;
   bool possible;
-  std::string why;              // not, or else what the time is made of
+  std::string why;               // not, or else what the time is made of
   double microseconds_per_step;  // predicted
 };
 

@@ -38,16 +38,16 @@ template <class S, class Element>
 DEVICE Piece make_piece(const Element& element) {
   constexpr unsigned per_word = 4 / sizeof(S), per_lane = 4 * per_word;
   Piece piece;
+  const unsigned lane = thread_index_again() % warp_size;
   const auto fill = [&](Words4& words, unsigned row) {
     for (unsigned i = 0; i < 4; ++i) {
       words.w[i] = 0;
       for (unsigned j = 0; j < per_word; ++j)
-        words.w[i] |= element(row, warp_lane() % 4 * per_lane + i * per_word + j)
-                      << (8 * sizeof(S) * j);
+        words.w[i] |= element(row, lane % 4 * per_lane + i * per_word + j) << (8 * sizeof(S) * j);
     }
   };
-  fill(piece.upper, warp_lane() / 4);
-  fill(piece.lower, warp_lane() / 4 + 8);
+  fill(piece.upper, lane / 4);
+  fill(piece.lower, lane / 4 + 8);
   return piece;
 }
 
@@ -112,7 +112,7 @@ struct ExactProduct {
       for (int i = 0; i < count; ++i)
         for (int j = 0; j < 4; ++j) {
           const float x = number(b.w[j]);
-          float(&sum)[2][tile_rows] = sums[i].v;
+          float (&sum)[2][tile_rows] = sums[i].v;
           sum[0][column] = fmaf(number(pieces[i].upper.w[j]), x, sum[0][column]);
           sum[1][column] = fmaf(number(pieces[i].lower.w[j]), x, sum[1][column]);
         }
@@ -146,8 +146,8 @@ struct ExactProduct {
 // Where sums lie in memory, 16 bytes of each lane, so that both writing them lane by lane and reading
 // them unit by unit (below) touches every bank of shared memory once.
 DEVICE unsigned place_of_lane() {
-  const unsigned column = warp_lane() % 4;
-  return column * 8 + (warp_lane() / 4 + 2 * column) % 8;
+  const unsigned lane = thread_index_again() % warp_size, column = lane % 4;
+  return column * 8 + (lane / 4 + 2 * column) % 8;
 }
 
 // The place, and which of its four numbers is that of a row of sums (a unit) and a column (of the batch).

@@ -14,8 +14,8 @@ Chip chip_at_hand() { return chip; }
 }  // namespace fused_rnn::cuda
 
 extern "C" __attribute__((visibility("default"))) void cuda_on_cpu_chip(int multiprocessors,
-                                                                         int shared_bytes,
-                                                                         const int* clusters) {
+                                                                        int shared_bytes,
+                                                                        const int* clusters) {
   auto& chip = fused_rnn::cuda::chip;
   chip.multiprocessors = multiprocessors;
   chip.shared_bytes = shared_bytes;

@@ -74,6 +74,7 @@ inline Dim grid_size() {
   return {size.x, size.y, size.z};
 }
 inline unsigned thread_index() { return runner::thread_index(); }
+inline unsigned thread_index_again() { return runner::thread_index(); }
 inline unsigned block_size() { return runner::block_size(); }
 inline unsigned warp_lane() { return thread_index() % 32; }
 inline unsigned warp_index() { return thread_index() / 32; }
