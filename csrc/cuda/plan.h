@@ -13,38 +13,49 @@ namespace fused_rnn::cuda {
 
 // What a plan knows of a GPU.
 struct Chip {
-  int capability;                       // 90 for sm_90
+  int capability;  // 90 for sm_90
   int multiprocessors;
-  size_t shared_bytes;                  // that a thread block may have
-  int clusters[5];                      // of 1, 2, 4, 8, 16 blocks that take all of that: how many fit
-  bool cooperative;                     // launches
+  size_t shared_bytes;  // that a thread block may have
+  int clusters[5];      // of 1, 2, 4, 8, 16 blocks that take all of that: how many fit
+  bool cooperative;     // launches
   double gigahertz;
 };
 
 constexpr int cluster_sizes[5] = {1, 2, 4, 8, 16};
+
+// GPUs that a plan can be made for where there is none. Sizes and clocks are those of data sheets; how
+// many clusters fit is assumed, not measured.
+struct NamedChip {
+  const char* name;
+  Chip chip;
+};
+const std::vector<NamedChip>& named_chips();
 
 // A recurrence, as far as the choice depends on it.
 struct Task {
   int gates, unit_weights;
   DType dtype;
   int64_t T, B, L, H;
-  bool tf32;           // whether float32 products may round
+  bool tf32;  // whether float32 products may round
   bool backward;
-  const char* needs;   // what only per_step has, or null
+  const char* needs;  // what only per_step has, or null
 };
 
 // An engine considered: how it would run, or why it can't.
 struct Candidate {
   Layout layout;
   bool possible;
-  std::string why;              // not, or else what the time is made of
-  double microseconds_per_step;  // predicted
+  std::string why;               // not, or else what the time is made of
+  double microseconds_per_step;  // predicted; 0 where the model has nothing to say
+  size_t shared_bytes;           // of each thread block; 0 in per_step
 };
 
-// All engines, the one that is taken first.
-std::vector<Candidate> candidates(const Task& task, const Chip& chip);
+// All engines, the one that is taken first: the fastest, or `engine` unless that is null or empty. What
+// only per_step has it takes, whatever `engine` says; else throws std::invalid_argument where `engine`
+// can't take the task.
+std::vector<Candidate> candidates(const Task& task, const Chip& chip, const char* engine);
 
-// The first of them, or of `engine` alone; throws std::invalid_argument where that can't take the task.
+// How the first of them runs.
 Layout choose(const Task& task, const Chip& chip, const char* engine);
 
 // The current device.
