@@ -35,7 +35,9 @@ def with_cuda() -> bool:
 
 
 def extension():
-    sources = ["csrc/binding.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))]
+    # The plan of the CUDA engines is plain C++: every build can tell what a GPU would do.
+    sources = ["csrc/binding.cpp", "csrc/cuda/plan.cpp"]
+    sources += sorted(map(str, Path("csrc/cpu").glob("*.cpp")))
     headers = sorted(str(p) for p in Path("csrc").rglob("*") if p.suffix in (".h", ".cuh"))
     flags = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", "-std=c++17", "-O3"]
     # Error messages name the source file; not where this machine keeps it.

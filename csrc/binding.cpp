@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <functional>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -24,6 +25,7 @@
 
 #include "cells/cells.h"
 #include "cpu/engine.h"
+#include "cuda/plan.h"
 #include "params.h"
 #include "step.h"
 #if defined(FUSED_RNN_CUDA) || defined(FUSED_RNN_CUDA_ON_CPU)
@@ -31,7 +33,6 @@
 #include "cuda/dropout.h"
 #include "cuda/per_step.h"
 #include "cuda/persistent.h"
-#include "cuda/plan.h"
 #endif
 #ifdef FUSED_RNN_CUDA_ON_CPU
 #include "cuda_on_cpu/arguments.h"
@@ -71,6 +72,12 @@ constexpr CellTraits cell_traits[] = {
     FUSED_RNN_FOR_EACH_CELL(FUSED_RNN_TRAITS)};
 
 const CellTraits& traits(CellIndex index) { return cell_traits[static_cast<int>(index)]; }
+
+const CellTraits& traits(const std::string& name) {
+  for (const CellTraits& cell : cell_traits)
+    if (name == cell.name) return cell;
+  throw std::invalid_argument("no cell of that name: " + name);
+}
 
 // ---- checks ----------------------------------------------------------------------------------------
 
@@ -341,6 +348,30 @@ void on_cpu(const Tensor& like, const Run& run) {
   run(host);
 }
 
+// What of a recurrence only per_step has, or null. This and the rest of the choice of a CUDA engine is in
+// every build, for explain.
+const char* needs_per_step(const CellTraits& cell, bool varied, const Shape& p) {
+  if (varied) return "layer norm, zoneout or recurrent dropout";
+  if (cell.late_gate) return "a gate that waits for another";
+  return p.projected ? "a projection" : nullptr;
+}
+
+cuda::Task cuda_task(const CellTraits& cell, bool varied, bool tf32, bool backward,
+                     const Shape& p) {
+  return {static_cast<int>(cell.gates),
+          static_cast<int>(cell.unit_weights),
+          p.dtype,
+          p.T,
+          p.B,
+          p.L,
+          p.H,
+          tf32,
+          backward,
+          needs_per_step(cell, varied, p)};
+}
+
+const char* forced_cuda_engine() { return std::getenv("FUSED_RNN_CUDA_ENGINE"); }
+
 #ifdef FUSED_RNN_PER_STEP
 // Of matrices (k, n) of duals those of reals that from the right multiply rows of values and tangents,
 // as they lie in memory: (2*k, 2*n), for every w + w' e the block [[w, w'], [0, w]]. `duals` is their
@@ -400,13 +431,6 @@ void on_cuda(const Tensor& like, const Run& run) {
   run(stream);
 }
 
-// What of a recurrence only per_step has, or null.
-const char* needs_per_step(const CellTraits& cell, bool varied, const Shape& p) {
-  if (varied) return "layer norm, zoneout or recurrent dropout";
-  if (cell.late_gate) return "a gate that waits for another";
-  return p.projected ? "a projection" : nullptr;
-}
-
 constexpr bool is_backward(const RecurrenceForwardParams&) { return false; }
 constexpr bool is_backward(const RecurrenceBackwardParams&) { return true; }
 
@@ -438,18 +462,8 @@ void run_recurrence(const CellTraits& cell, bool varied, bool tf32, const Params
   const cuda::CellId id{static_cast<int>(cell.index), varied};
   on_cuda(like, [&](void* stream) {
     host.stream = stream;
-    const cuda::Task task{static_cast<int>(cell.gates),
-                          static_cast<int>(cell.unit_weights),
-                          p.dtype,
-                          p.T,
-                          p.B,
-                          p.L,
-                          p.H,
-                          tf32,
-                          is_backward(p),
-                          needs_per_step(cell, varied, p)};
-    const cuda::Layout layout =
-        cuda::choose(task, cuda::chip_at_hand(), std::getenv("FUSED_RNN_CUDA_ENGINE"));
+    const cuda::Task task = cuda_task(cell, varied, tf32, is_backward(p), p);
+    const cuda::Layout layout = cuda::choose(task, cuda::chip_at_hand(), forced_cuda_engine());
 #ifdef FUSED_RNN_CUDA_ON_CPU
     const SavedCounts counts(cell, varied, p);
     const cuda_on_cpu::Arguments watched(
@@ -1620,6 +1634,73 @@ void implement_recurrences(Library& library) {
 }
 #endif
 
+// ---- what explain shows --------------------------------------------------------------------------------
+
+namespace py = pybind11;
+
+DType dtype_named(const std::string& name) {
+  const char* const names[] = {"float32", "float64", "bfloat16", "float16"};  // as DType
+  for (int i = 0; i < 4; ++i)
+    if (name == names[i]) return static_cast<DType>(i);
+  throw std::invalid_argument("no dtype of that name: " + name);
+}
+
+// The GPU at hand if there is no name.
+cuda::Chip chip_named(const std::optional<std::string>& name) {
+  if (!name) {
+#ifdef FUSED_RNN_PER_STEP
+    return cuda::chip_at_hand();
+#else
+    throw std::runtime_error("Expected the name of a chip: this build has no CUDA");
+#endif
+  }
+  for (const auto& known : cuda::named_chips())
+    if (*name == known.name) return known.chip;
+  throw std::invalid_argument("no chip of that name: " + *name);
+}
+
+py::dict cuda_chips() {
+  py::dict chips;
+  for (const auto& [name, chip] : cuda::named_chips()) {
+    py::dict facts;
+    facts["capability"] = chip.capability;
+    facts["multiprocessors"] = chip.multiprocessors;
+    facts["shared_bytes"] = chip.shared_bytes;
+    py::dict clusters;
+    for (int i = 0; i < 5; ++i) clusters[py::int_(cuda::cluster_sizes[i])] = chip.clusters[i];
+    facts["clusters"] = clusters;
+    facts["gigahertz"] = chip.gigahertz;
+    chips[name] = facts;
+  }
+  return chips;
+}
+
+py::list cuda_plan(const std::string& cell, const std::string& dtype, int64_t T, int64_t B,
+                   int64_t L, int64_t H, bool projected, bool varied, bool tf32, bool backward,
+                   const std::optional<std::string>& chip) {
+  Shape p{};
+  p.dtype = dtype_named(dtype);
+  p.T = T;
+  p.B = B;
+  p.L = L;
+  p.H = H;
+  p.projected = projected;
+  const cuda::Task task = cuda_task(traits(cell), varied, tf32, backward, p);
+  py::list plan;
+  for (const auto& each : cuda::candidates(task, chip_named(chip), forced_cuda_engine())) {
+    py::dict candidate;
+    candidate["engine"] = cuda::engine_names[static_cast<int>(each.layout.engine)];
+    candidate["possible"] = each.possible;
+    candidate["microseconds_per_step"] = each.microseconds_per_step > 0
+                                             ? py::object(py::float_(each.microseconds_per_step))
+                                             : py::none();
+    candidate["reason"] = each.why;
+    candidate["shared_bytes"] = each.shared_bytes;
+    plan.append(candidate);
+  }
+  return plan;
+}
+
 }  // namespace fused_rnn::binding
 
 // Through a macro, so that the name is expanded before torch pastes it.
@@ -1705,12 +1786,10 @@ PYBIND11_MODULE(_C, module) {
   module.def(
       "saved_values",
       [](const std::string& name, int layer_norm) {
-        for (const auto& cell : fused_rnn::binding::cell_traits)
-          if (name == cell.name)
-            return fused_rnn::SavedValues(static_cast<fused_rnn::LayerNorm>(layer_norm), cell.gates,
-                                          cell.saved, cell.reads_h, cell.has_c)
-                .count;
-        throw py::value_error("no cell of that name: " + name);
+        const auto& cell = fused_rnn::binding::traits(name);
+        return fused_rnn::SavedValues(static_cast<fused_rnn::LayerNorm>(layer_norm), cell.gates,
+                                      cell.saved, cell.reads_h, cell.has_c)
+            .count;
       },
       "Values per unit and step in the reserve of a cell's varied op.");
   module.attr("reserve_block") = fused_rnn::Reserve::block;
@@ -1726,4 +1805,12 @@ PYBIND11_MODULE(_C, module) {
       "active_instruction_set",
       [] { return std::string(fused_rnn::cpu::active_instruction_set().name); },
       "The instruction set in use; FUSED_RNN_CPU_ISA forces one.");
+  module.def("cuda_chips", fused_rnn::binding::cuda_chips,
+             "The GPUs that cuda_plan knows by name. Clusters: how many of each size fit.");
+  module.def("cuda_plan", fused_rnn::binding::cuda_plan, py::arg("cell"), py::arg("dtype"),
+             py::arg("T"), py::arg("B"), py::arg("L"), py::arg("H"), py::kw_only(),
+             py::arg("projected"), py::arg("varied"), py::arg("tf32"), py::arg("backward"),
+             py::arg("chip"),
+             "The engines that a recurrence could take on a chip, or on the GPU at hand if that is "
+             "None: the one that is taken first. Bytes are those of a thread block.");
 }

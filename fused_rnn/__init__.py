@@ -3,6 +3,7 @@
 from . import functional, onnx
 from .attention import Attention, AttentionDecoder
 from .convert import convert, patch
+from .explain import explain
 from .haste import from_haste
 from .keras import from_keras
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
@@ -19,6 +20,7 @@ __all__ = [
     "LSTMCell",
     "RNNCell",
     "convert",
+    "explain",
     "from_haste",
     "from_keras",
     "functional",

@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,19 +73,24 @@ def cuda_sources() -> list[Path]:
 def measure(sources: Iterable[Path]) -> Resources:
     """Compiles each for all targets."""
     found: Resources = {target: {} for target in TARGETS}
-    for source in sources:
-        with tempfile.TemporaryDirectory() as folder:
-            command = [
-                nvcc(), "-std=c++17", "-O3", "-Icsrc", "-c", str(source),
-                "-o", str(Path(folder, "kernels.o")), "-Xptxas", "-v",
-                *(f"-gencode=arch={arch},code={target}" for target, arch in TARGETS.items()),
-            ]  # fmt: skip
-            run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-        if run.returncode:
-            raise RuntimeError(run.stderr)
-        for target, kernels in parse(run.stderr, source.stem).items():
-            found[target].update(kernels)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for kernels_by_target in pool.map(measure_one, sources):
+            for target, kernels in kernels_by_target.items():
+                found[target].update(kernels)
     return found
+
+
+def measure_one(source: Path) -> Resources:
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            nvcc(), "-std=c++17", "-O3", "-Icsrc", "-c", str(source),
+            "-o", str(Path(folder, "kernels.o")), "-Xptxas", "-v",
+            *(f"-gencode=arch={arch},code={target}" for target, arch in TARGETS.items()),
+        ]  # fmt: skip
+        run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    if run.returncode:
+        raise RuntimeError(run.stderr)
+    return parse(run.stderr, source.stem)
 
 
 def parse(report: str, source: str) -> Resources:

@@ -25,6 +25,11 @@ struct Costs {
   double flops = 250e6;       // per microsecond that a large product does
 };
 
+bool has_mma(const Task& task) {
+  return task.dtype == DType::float32 || task.dtype == DType::bfloat16 ||
+         task.dtype == DType::float16;
+}
+
 int resident_of(const Task& task) {
   return task.dtype == DType::float32 && !task.tf32 ? resident_pieces_exact : resident_pieces;
 }
@@ -83,11 +88,17 @@ Candidate per_step(const Task& task) {
   const double weights = double(task.L) * task.gates * task.H * task.H * storage_of(task);
   const double flops = 2.0 * task.L * task.gates * task.H * task.H * task.B;
   const double product = std::max({costs.launch, weights / costs.memory, flops / costs.flops});
+  const bool modelled = has_mma(task) && !task.needs;
   return {{Engine::per_step, task.tf32, 1, 1, 1, 1, 1},
           true,
           task.needs ? std::string("the only engine with ") + task.needs
                      : "a product and a kernel for each timestep",
-          product + costs.launch};
+          modelled ? product + costs.launch : 0,
+          0};
+}
+
+Candidate impossible(const Task& task, Engine engine, const std::string& why) {
+  return {{engine, task.tf32, 1, 1, 1, 1, 1}, false, why, 0, 0};
 }
 
 std::string describe(const Task& task, const Layout& layout) {
@@ -105,7 +116,7 @@ std::string describe(const Task& task, const Layout& layout) {
 template <class TeamsOf>
 Candidate best(const Task& task, const Chip& chip, Engine engine, const std::vector<int>& sizes,
                const TeamsOf& teams_of, const std::string& too_large) {
-  Candidate found{{engine, task.tf32, 1, 1, 1, 1, 1}, false, too_large, 0};
+  Candidate found = impossible(task, engine, too_large);
   const int64_t blocks = ceil_div(task.H, unit_block);
   const int64_t tiles = ceil_div(task.B, tile_rows);
   for (const int team : sizes) {
@@ -124,8 +135,12 @@ Candidate best(const Task& task, const Chip& chip, Engine engine, const std::vec
       layout.teams = static_cast<int>(teams);
       const double time = predict(task, chip, layout);
       if (!found.possible || time < found.microseconds_per_step)
-        found = {layout, true, describe(task, layout), time};
+        found = {layout, true, "", time, 0};
     }
+  }
+  if (found.possible) {
+    found.why = describe(task, found.layout);
+    found.shared_bytes = bytes_of(task, found.layout);
   }
   return found;
 }
@@ -153,19 +168,18 @@ Candidate grid(const Task& task, const Chip& chip) {
   const std::string why = "the recurrent matrix of " + number(task.gates * task.H) + " x " +
                           number(task.H) + " does not fit into " + number(chip.multiprocessors) +
                           " multiprocessors";
-  if (team > chip.multiprocessors)
-    return {{Engine::persistent_grid, task.tf32, 1, 1, 1, 1, 1}, false, why, 0};
+  if (team > chip.multiprocessors) return impossible(task, Engine::persistent_grid, why);
   return best(task, chip, Engine::persistent_grid, {static_cast<int>(team)}, teams_of, why);
 }
 
 // Why a task is per_step's whatever its size; empty if it is not.
 std::string refused(const Task& task, const Chip& chip, Engine engine) {
   if (task.needs) return std::string("there is ") + task.needs;
-  if (task.dtype != DType::float32 && task.dtype != DType::bfloat16 && task.dtype != DType::float16)
-    return "the dtype is neither float32 nor a half type";
+  if (!has_mma(task)) return "the dtype is neither float32 nor a half type";
   if (task.T >= int64_t(1) << 31 || task.L * task.B >= int64_t(1) << 31)
     return "T or B is beyond 2^31";
   if (task.T == 0) return "there are no timesteps";
+  if (task.L * task.B == 0) return "there are no rows";
   if (engine == Engine::persistent_cluster && chip.capability < 90)
     return "clusters need compute capability 9.0, this chip has " + number(chip.capability / 10) +
            "." + number(chip.capability % 10);
@@ -177,37 +191,50 @@ std::string refused(const Task& task, const Chip& chip, Engine engine) {
 
 }  // namespace
 
-std::vector<Candidate> candidates(const Task& task, const Chip& chip) {
+const std::vector<NamedChip>& named_chips() {
+  constexpr size_t kb = 1024;
+  static const std::vector<NamedChip> chips{
+      {"A100", {80, 108, 163 * kb, {0, 0, 0, 0, 0}, true, 1.41}},
+      {"H100", {90, 132, 227 * kb, {132, 66, 32, 16, 7}, true, 1.755}},
+      {"H200", {90, 132, 227 * kb, {132, 66, 32, 16, 7}, true, 1.98}},
+      {"B200", {100, 148, 227 * kb, {148, 74, 36, 18, 8}, true, 1.85}},
+  };
+  return chips;
+}
+
+std::vector<Candidate> candidates(const Task& task, const Chip& chip, const char* engine) {
   std::vector<Candidate> all{per_step(task)};
-  for (const Engine engine : {Engine::persistent_cluster, Engine::persistent_grid}) {
-    const std::string why = refused(task, chip, engine);
+  for (const Engine each : {Engine::persistent_cluster, Engine::persistent_grid}) {
+    const std::string why = refused(task, chip, each);
     if (!why.empty())
-      all.push_back({{engine, task.tf32, 1, 1, 1, 1, 1}, false, why, 0});
+      all.push_back(impossible(task, each, why));
     else
-      all.push_back(engine == Engine::persistent_cluster ? cluster(task, chip) : grid(task, chip));
+      all.push_back(each == Engine::persistent_cluster ? cluster(task, chip) : grid(task, chip));
   }
   std::stable_sort(all.begin(), all.end(), [](const Candidate& a, const Candidate& b) {
     if (a.possible != b.possible) return a.possible;
     return a.possible && a.microseconds_per_step < b.microseconds_per_step;
   });
+  if (!engine || !*engine) return all;
+  const auto forced = std::find_if(all.begin(), all.end(), [&](const Candidate& candidate) {
+    return std::string(engine) == engine_names[static_cast<int>(candidate.layout.engine)];
+  });
+  if (forced == all.end())
+    throw std::invalid_argument(
+        std::string("Expected FUSED_RNN_CUDA_ENGINE to be per_step, persistent_cluster or "
+                    "persistent_grid, got ") +
+        engine);
+  if (task.needs) return all;
+  if (!forced->possible)
+    throw std::invalid_argument(std::string("FUSED_RNN_CUDA_ENGINE is ") + engine +
+                                ", which cannot take this: " + forced->why);
+  forced->why = "forced by FUSED_RNN_CUDA_ENGINE: " + forced->why;
+  std::rotate(all.begin(), forced, forced + 1);
   return all;
 }
 
 Layout choose(const Task& task, const Chip& chip, const char* engine) {
-  const auto all = candidates(task, chip);
-  if (!engine || !*engine || task.T == 0) return all.front().layout;
-  for (const Candidate& candidate : all) {
-    if (std::string(engine) != engine_names[static_cast<int>(candidate.layout.engine)]) continue;
-    // What per_step alone has is its own, whatever is asked for.
-    if (task.needs) return all.front().layout;
-    if (candidate.possible) return candidate.layout;
-    throw std::invalid_argument(std::string("FUSED_RNN_CUDA_ENGINE is ") + engine +
-                                ", which cannot take this: " + candidate.why);
-  }
-  throw std::invalid_argument(
-      std::string("Expected FUSED_RNN_CUDA_ENGINE to be per_step, persistent_cluster or "
-                  "persistent_grid, got ") +
-      engine);
+  return candidates(task, chip, engine).front().layout;
 }
 
 }  // namespace fused_rnn::cuda

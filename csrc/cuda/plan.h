@@ -23,6 +23,14 @@ struct Chip {
 
 constexpr int cluster_sizes[5] = {1, 2, 4, 8, 16};
 
+// GPUs that a plan can be made for where there is none. Sizes and clocks are those of data sheets; how
+// many clusters fit is assumed, not measured.
+struct NamedChip {
+  const char* name;
+  Chip chip;
+};
+const std::vector<NamedChip>& named_chips();
+
 // A recurrence, as far as the choice depends on it.
 struct Task {
   int gates, unit_weights;
@@ -38,13 +46,16 @@ struct Candidate {
   Layout layout;
   bool possible;
   std::string why;               // not, or else what the time is made of
-  double microseconds_per_step;  // predicted
+  double microseconds_per_step;  // predicted; 0 where the model has nothing to say
+  size_t shared_bytes;           // of each thread block; 0 in per_step
 };
 
-// All engines, the one that is taken first.
-std::vector<Candidate> candidates(const Task& task, const Chip& chip);
+// All engines, the one that is taken first: the fastest, or `engine` unless that is null or empty. What
+// only per_step has it takes, whatever `engine` says; else throws std::invalid_argument where `engine`
+// can't take the task.
+std::vector<Candidate> candidates(const Task& task, const Chip& chip, const char* engine);
 
-// The first of them, or of `engine` alone; throws std::invalid_argument where that can't take the task.
+// How the first of them runs.
 Layout choose(const Task& task, const Chip& chip, const char* engine);
 
 // The current device.

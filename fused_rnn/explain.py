@@ -1,0 +1,323 @@
+"""Which engine a layer's call takes, and why: ``fused_rnn.explain``.
+
+The layer itself is run on meta tensors, which have shapes but no data, and what its ops are called
+with is noted down. So nothing is computed, a wrong argument fails as it would in the call, and how
+heads, directions and options become lanes and cells is told by the code that does it.
+"""
+
+from __future__ import annotations
+
+import os
+import textwrap
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from . import _C, composed, modules, ops
+
+WIDTH = 80  # of the table, in characters
+
+
+class Candidate(NamedTuple):
+    """An engine that was considered."""
+
+    engine: str  # "cpu", "per_step", "persistent_cluster" or "persistent_grid"
+    possible: bool
+    us_per_step: float | None  # predicted; None where it is impossible or the model has none
+    reason: str
+    shared_bytes: int = 0  # of each thread block that keeps weights
+
+
+class Choice(NamedTuple):
+    """How a layer of the stack runs its recurrence forward or backward."""
+
+    layer: int
+    phase: str  # "forward" or "backward"
+    candidates: list[Candidate]  # the one that is taken first
+
+    @property
+    def engine(self) -> str:
+        return self.candidates[0].engine
+
+
+class Recurrence(NamedTuple):
+    """What an op of one layer was called with, as far as the choice depends on it."""
+
+    cell: str  # of ops.CELLS
+    dtype: str
+    T: int
+    B: int
+    lanes: int
+    H: int  # hidden units of a lane
+    projected: bool
+    varied: bool
+
+
+class Explanation:
+    """What ``explain`` returns; printed, it is a table.
+
+    Attributes:
+        device: what the choice was made for.
+        recurrences: one for each layer of the stack.
+        choices: two for each layer of the stack, forward and backward, in the order of layers.
+        tf32: whether float32 products may round to TF32.
+    """
+
+    def __init__(
+        self, device: str, recurrences: list[Recurrence], choices: list[Choice], tf32: bool
+    ) -> None:
+        self.device = device
+        self.recurrences = recurrences
+        self.choices = choices
+        self.tf32 = tf32
+
+    def __repr__(self) -> str:
+        first = self.recurrences[0]
+        dtype = first.dtype + " as TF32" * (first.dtype == "float32" and self.tf32)
+        sizes = f"T={first.T}, B={first.B}, {_count(first.lanes, 'lane')} of H={first.H}"
+        stack = _count(len(self.recurrences), "layer")
+        title = f"{first.cell}, {dtype}, {stack}: {sizes}, on {self.device}"
+        lines = [*textwrap.wrap(title, WIDTH), *_row("pass", "engine", "us/step", "why")]
+        predicted = False
+        # What there is to say of one layer holds for the whole stack: only input widths differ.
+        for choice in self.choices[:2]:
+            for i, each in enumerate(choice.candidates):
+                time = "no" if not each.possible else "-"
+                if each.us_per_step is not None:
+                    time, predicted = f"{each.us_per_step:.2f}", True
+                lines += _row("" if i else choice.phase, each.engine, time, each.reason)
+        return "\n".join([*lines, *textwrap.wrap(_PREDICTED if predicted else _NOTHING, WIDTH)])
+
+
+_PREDICTED = (
+    "The first engine is taken. us/step is predicted, not measured, for a timestep of one layer's "
+    "recurrence, all rows and lanes."
+)
+_NOTHING = "The first engine is taken. There is no prediction of us/step."
+
+
+def explain(
+    layer: modules._Layer,
+    input: Tensor | PackedSequence | Sequence[int],
+    hx: Any = None,
+    *,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+    training: bool | None = None,
+    chip: str | None = None,
+) -> Explanation:
+    """Tells which engine the call ``layer(input, hx, ...)`` takes, and why. Nothing is computed.
+
+    A small cost model with constants per chip chooses among the CUDA engines. Its predictions have
+    not been fitted to measurements. ``FUSED_RNN_CUDA_ENGINE`` forces an engine, for tests; on the
+    CPU there is one engine, and ``FUSED_RNN_CPU_ISA`` forces its instruction set. Second
+    derivatives, which the table leaves out, take ``per_step`` or ``cpu``.
+
+    Args:
+        layer: a ``fused_rnn.RNN``, ``LSTM`` or ``GRU``, on any device.
+        input: as the layer takes it, on the layer's or the meta device; or just its shape, (T, B,
+            I), (B, T, I) with ``batch_first``, or (T, I), and then its dtype is the layer's.
+        hx, lengths, resets: as the layer takes them. Their shapes and dtypes are checked; they
+            change no choice.
+        training: whether the layer is in training mode, where dropouts are drawn; None: as it is.
+        chip: None for the device that the layer lives on; or "A100", "H100", "H200" or "B200", for
+            which no GPU is needed. Of those, sizes and clocks are from data sheets, and how many
+            thread-block clusters fit is assumed.
+
+    Returns:
+        What was considered: ``str()`` of it is a table, ``choices`` has for each layer of the stack
+        and pass ("forward", "backward") the candidates, the one that is taken first, with their
+        predicted microseconds per timestep.
+
+    Raises:
+        TypeError: layer or input is something else.
+        ValueError: chip is not known; the message names those that are.
+        RuntimeError: FUSED_RNN_CUDA_ENGINE or FUSED_RNN_CPU_ISA asks for what cannot be, as in the
+            call; or there is no engine for the layer's device.
+        ValueError, RuntimeError: as the call raises them for shapes and dtypes that do not fit.
+    """
+    if not isinstance(layer, modules._Layer):
+        raise TypeError(
+            "layer should be a fused_rnn.RNN, LSTM or GRU (fused_rnn.convert makes them of "
+            f"torch.nn's), got: {type(layer).__name__}"
+        )
+    if chip is not None and chip not in _C.cuda_chips():
+        known = ", ".join(_C.cuda_chips())
+        raise ValueError(f"chip should be None or one of {known}, got {chip!r}")
+    with torch.no_grad():
+        weights = layer._weights()
+    home = weights[0].device
+    device = "cuda" if chip is not None else home.type
+    recurrences = _recurrences(layer, weights, input, hx, lengths, resets, training, device)
+    tf32 = composed.allows_tf32()
+    if device == "cpu":
+        return Explanation("the CPU", recurrences, _on_cpu(recurrences), tf32)
+    if device != "cuda":
+        raise RuntimeError(
+            f"Expected layer on the CPU or a CUDA device, or the name of a chip, got {home}"
+        )
+    if chip is not None:
+        return Explanation(
+            f"{chip} (assumed)", recurrences, _on_cuda(recurrences, tf32, chip), tf32
+        )
+    if _C.build_info()["cuda"] is None:
+        raise RuntimeError(f"Expected layer on the CPU, since this build has no CUDA, got {home}")
+    with torch.cuda.device(home):
+        choices = _on_cuda(recurrences, tf32, None)
+    return Explanation(torch.cuda.get_device_name(home), recurrences, choices, tf32)
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes what the ops of layers are called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Recurrence] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        for name, cell in ops.CELLS.items():
+            for varied in (False, True):
+                if func is ops.forward_op(name, varied):
+                    self._note(cell, varied, *args)
+        return func(*args, **(kwargs or {}))
+
+    def _note(
+        self,
+        cell: ops.CellTraits,
+        varied: bool,
+        input: Tensor,
+        states: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        has_biases: bool,
+        lengths: Tensor | None,
+        batch_sizes: Tensor | None,
+        resets: Tensor | None,
+        lanes: int,
+        directions: int,
+        save: bool,
+        want_cells: bool,
+        *variation: Any,
+    ) -> None:
+        unprojected = cell.weights(has_biases, variation[0] if varied else 0)
+        self.seen.append(
+            Recurrence(
+                cell.name, str(input.dtype).removeprefix("torch."), input.shape[0], input.shape[1],
+                lanes, weights[1].shape[0] // cell.gates, len(weights) // lanes > unprojected,
+                varied,
+            )
+        )  # fmt: skip
+
+
+def _recurrences(
+    layer: modules._Layer,
+    weights: list[Tensor],
+    input: Tensor | PackedSequence | Sequence[int],
+    hx: Any,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    training: bool | None,
+    device: str,
+) -> list[Recurrence]:
+    """What the layer's call would hand to its ops on such a device, for each layer of the stack."""
+
+    # Autocast asks for a tensor's device, which meta would hide.
+    cast = device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
+
+    def shadow(tensor: Tensor) -> Tensor:
+        dtype = tensor.dtype
+        if cast and dtype.is_floating_point and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(device)
+        return torch.empty(tensor.shape, dtype=dtype, device="meta")
+
+    def given(name: str, tensor: Tensor) -> Tensor:
+        home = weights[0].device
+        if not tensor.is_meta and home.type != "meta" and tensor.device != home:
+            raise RuntimeError(
+                f"Expected {name} on the layer's device {home} or on meta, got {tensor.device}"
+            )
+        return shadow(tensor)
+
+    data: Any
+    if isinstance(input, PackedSequence):
+        data = PackedSequence(given("input", input.data), *input[1:])
+    elif isinstance(input, Tensor):
+        data = given("input", input)
+    else:
+        data = shadow(_of_shape(input, weights[0].dtype))
+    if isinstance(hx, Tensor):
+        hx = given("hx", hx)
+    elif isinstance(hx, (tuple, list)):
+        hx = tuple(given("hx", state) for state in hx)
+    # Not copy.copy, which refuses parametrized layers.
+    twin = object.__new__(type(layer))
+    shadows = [shadow(weight) for weight in weights]
+    twin.__dict__ |= layer.__dict__ | {"_weights": lambda: shadows}
+    twin.training = layer.training if training is None else training
+    with torch.no_grad(), _Recorder() as recorder:
+        twin._run(data, hx, lengths, resets)
+    return recorder.seen
+
+
+def _of_shape(shape: Any, dtype: torch.dtype) -> Tensor:
+    if not isinstance(shape, (tuple, list)) or not all(type(size) is int for size in shape):
+        raise TypeError(
+            "input should be a tensor, a PackedSequence or the shape of a tensor, got: "
+            f"{type(shape).__name__}"
+        )
+    if any(size < 0 for size in shape):
+        raise RuntimeError(f"Expected input of sizes that are not negative, got {tuple(shape)}")
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _on_cpu(recurrences: list[Recurrence]) -> list[Choice]:
+    used = _C.active_instruction_set()
+    forced = os.environ.get("FUSED_RNN_CPU_ISA") == used
+    by = "forced by FUSED_RNN_CPU_ISA" if forced else "FUSED_RNN_CPU_ISA forces another"
+    threads = _count(torch.get_num_threads(), "thread")
+    reason = f"the only one on the CPU; instruction set {used} ({by}), up to {threads}"
+    candidates = [Candidate("cpu", True, None, reason)]
+    return [
+        Choice(k, phase, candidates)
+        for k in range(len(recurrences))
+        for phase in ("forward", "backward")
+    ]
+
+
+def _on_cuda(recurrences: list[Recurrence], tf32: bool, chip: str | None) -> list[Choice]:
+    return [
+        Choice(k, phase, _plan(each, phase == "backward", tf32, chip))
+        for k, each in enumerate(recurrences)
+        for phase in ("forward", "backward")
+    ]
+
+
+def _plan(of: Recurrence, backward: bool, tf32: bool, chip: str | None) -> list[Candidate]:
+    try:
+        plan = _C.cuda_plan(
+            of.cell, of.dtype, of.T, of.B, of.lanes, of.H, projected=of.projected,
+            varied=of.varied, tf32=tf32, backward=backward, chip=chip,
+        )  # fmt: skip
+    except ValueError as error:  # an op makes this of what C++ throws
+        raise RuntimeError(str(error)) from None
+    return [
+        Candidate(
+            each["engine"], each["possible"], each["microseconds_per_step"], each["reason"],
+            each["shared_bytes"],
+        )
+        for each in plan
+    ]  # fmt: skip
+
+
+def _row(phase: str, engine: str, time: str, reason: str) -> list[str]:
+    head = f"{phase:<8}  {engine:<18}  {time:>7}  "
+    return textwrap.wrap(reason, WIDTH, initial_indent=head, subsequent_indent=" " * len(head))
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
