@@ -64,9 +64,14 @@ def extension():
             sources=sources, extra_compile_args={"cxx": cxx}, **common
         )
     version = f'-DFUSED_RNN_CUDA="{torch.version.cuda}"'
+    # Makes a kernel that waits for ever an error (csrc/cuda/device.cuh); slower.
+    watchdog = ["-DFUSED_RNN_WATCHDOG"] if os.environ.get("FUSED_RNN_WATCHDOG") == "1" else []
     return cpp_extension.CUDAExtension(
         sources=[*sources, *sorted(map(str, Path("csrc/cuda").glob("*.cu")))],
-        extra_compile_args={"cxx": [*cxx, version, "-DUSE_CUDA"], "nvcc": [*flags, version]},
+        extra_compile_args={
+            "cxx": [*cxx, version, "-DUSE_CUDA"],
+            "nvcc": [*flags, version, *watchdog],
+        },
         **common,
     )
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
+import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import kernel_resources
 import pytest
-from kernel_resources import TARGETS, UPDATE, Kernel, changed, spilling
+from kernel_resources import ROOT, TARGETS, UPDATE, Kernel, changed, spilling
 
 needs_nvcc = pytest.mark.skipif(
     kernel_resources.nvcc() is None, reason="no nvcc: the CUDA sources are not compiled here"
@@ -45,6 +49,54 @@ def test_blocks_of_row_kernels_fit(found):
         for name, kernel in rows.items():
             threads = 256 if "dual" in name else 384
             assert kernel.registers <= 65536 // threads // 8 * 8, name
+
+
+def disassembler() -> str | None:
+    """nvdisasm, the one that Triton brings if there is no other."""
+    triton = importlib.util.find_spec("triton")
+    folders = triton.submodule_search_locations if triton else []
+    bundled = (Path(folder, "backends/nvidia/bin/nvdisasm") for folder in folders)
+    return shutil.which("nvdisasm") or next((str(p) for p in bundled if p.exists()), None)
+
+
+def opcodes(kernel: str, folder: Path) -> list[str]:
+    """The machine instructions of one persistent kernel, for sm_90a."""
+    source, binary = folder / "kernel.cu", folder / "kernel.cubin"
+    source.write_text(
+        '#include "cuda/persistent.cuh"\n'
+        f"namespace fused_rnn::cuda {{ template __global__ void {kernel}; }}\n"
+    )
+    nvcc = [kernel_resources.nvcc(), "-std=c++17", "-O3", "-Icsrc", "-cubin"]
+    target = "-gencode=arch=compute_90a,code=sm_90a"
+    subprocess.run([*nvcc, target, str(source), "-o", str(binary)], cwd=ROOT, check=True)
+    run = subprocess.run(
+        [disassembler(), "-c", str(binary)], capture_output=True, text=True, check=True
+    )
+    return re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?([A-Z][\w.]+)", run.stdout)
+
+
+@needs_nvcc
+@pytest.mark.skipif(disassembler() is None, reason="no nvdisasm")
+@pytest.mark.parametrize("kernel, in_shared", [
+    ("forward_kernel<Lstm, MmaProduct<BFloat16>, ClusterStates>"
+     "(RecurrenceForwardParams, Layout, ForwardPlaces, Words4*)", 8),
+    ("forward_kernel<Lstm, MmaProduct<BFloat16>, GridStates>"
+     "(RecurrenceForwardParams, Layout, ForwardPlaces, Words4*)", 8),
+    ("backward_kernel<Lstm, MmaProduct<BFloat16>, ClusterSums, 2>"
+     "(RecurrenceBackwardParams, Layout, BackwardPlaces, Words4*)", 8),
+    ("backward_kernel<Lstm, MmaProduct<BFloat16>, GridSums, 1>"
+     "(RecurrenceBackwardParams, Layout, BackwardPlaces, Words4*)", 4),
+])  # fmt: skip
+def test_weights_stay_in_registers(kernel, in_shared, tmp_path):
+    """A step multiplies 16 pieces, two mma each, and loads a slice of h for every four of them."""
+    of_interest = {"HMMA", "LDS", "LDSM", "LDG", "LD", "LDL"}
+    names = [code.split(".")[0] for code in opcodes(kernel, tmp_path)]
+    names = [name for name in names if name in of_interest]
+    places = [i for i, name in enumerate(names) if name == "HMMA"]
+    resident = names[places[0] : places[31] + 1]
+    assert set(resident) <= {"HMMA", "LDS"}
+    assert resident.count("LDS") <= 4
+    assert len(places) == 32 + in_shared  # in the loop over pieces from shared memory
 
 
 @needs_nvcc

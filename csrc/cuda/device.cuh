@@ -22,6 +22,7 @@ constexpr unsigned warp_size = 32;
 
 #include <cstddef>
 #include <cstdint>
+#include <cstdio>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -290,6 +291,34 @@ DEVICE void store_relaxed_16(Words4* to, Words4 value) {
       : "memory");
 }
 
+// Where FUSED_RNN_WATCHDOG is defined: ends a kernel in which a thread has waited for seconds, and says
+// which thread for which step. A hang is an error then.
+class Watchdog {
+ public:
+#if defined(FUSED_RNN_WATCHDOG)
+  DEVICE explicit Watchdog(unsigned step) : step_(step), begin_(cycles()) {}
+  DEVICE void look() const {
+    if (cycles() - begin_ < (1ull << 33)) return;
+    printf("fused_rnn: thread %u of block %u has waited too long for step %u\n", threadIdx.x,
+           blockIdx.x, step_);
+    __trap();
+  }
+
+ private:
+  static DEVICE uint64_t cycles() {
+    uint64_t now;
+    asm volatile("mov.u64 %0, %%clock64;" : "=l"(now));
+    return now;
+  }
+
+  unsigned step_;
+  uint64_t begin_;
+#else
+  DEVICE explicit Watchdog(unsigned) {}
+  DEVICE void look() const {}
+#endif
+};
+
 // Transaction barriers, in shared memory, from sm_90 on. A phase ends when `count` arrivals and all
 // the bytes expected have come; the first has parity 0. Who waits for a parity must be at most one
 // phase behind.
@@ -327,10 +356,12 @@ DEVICE void barrier_expect(Barrier* barrier, unsigned bytes) {
                  "r"(bytes) : "memory");
 }
 
-// Until the phase of this parity has ended; acquires from the cluster.
-DEVICE void barrier_wait(Barrier* barrier, unsigned parity) {
+// Until the phase of this parity has ended; acquires from the cluster. `step` is for the watchdog.
+DEVICE void barrier_wait(Barrier* barrier, unsigned parity, unsigned step = 0) {
+  const Watchdog dog(step);
   unsigned ended = 0;
   do {
+    dog.look();
     FUSED_RNN_SM90(
         "{ .reg .pred ended;\n"
         "  mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 ended, [%1], %2;\n"

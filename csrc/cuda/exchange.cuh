@@ -60,7 +60,7 @@ class Arrivals {
 
   // Until hand-over `turn` is here. Thread 0 has to be among those who wait.
   DEVICE void wait(int tile, unsigned turn) const {
-    barrier_wait(of(tile, turn), turn / 2 % 2);
+    barrier_wait(of(tile, turn), turn / 2 % 2, turn);
     if (thread_index() == 0) barrier_expect(of(tile, turn), bytes_);
   }
 
@@ -83,7 +83,8 @@ DEVICE void poll(int first, int end, int stride, unsigned tag, const At& at, con
       if (i + j * stride < end) words[j] = load_relaxed_16(at(i + j * stride));
     for (int j = 0; j < batch; ++j)
       if (i + j * stride < end) {
-        while (words[j].w[3] != tag) words[j] = load_relaxed_16(at(i + j * stride));
+        for (const Watchdog dog(tag); words[j].w[3] != tag; dog.look())
+          words[j] = load_relaxed_16(at(i + j * stride));
         take(i + j * stride, words[j]);
       }
   }

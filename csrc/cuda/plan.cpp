@@ -122,7 +122,8 @@ Candidate best(const Task& task, const Chip& chip, Engine engine, const std::vec
   for (const int team : sizes) {
     const int64_t unit_blocks = ceil_div(blocks, team);
     if (unit_blocks > max_unit_blocks) continue;
-    for (int in_turns = 1; in_turns <= std::min<int64_t>(tiles, 32); ++in_turns) {
+    for (const int in_turns : {1, 2, 3, 4, 6, 8, 12, 16, 24, 32}) {
+      if (in_turns > tiles) break;
       Layout layout{engine,
                     task.tf32,
                     team,
@@ -224,7 +225,7 @@ std::vector<Candidate> candidates(const Task& task, const Chip& chip, const char
         std::string("Expected FUSED_RNN_CUDA_ENGINE to be per_step, persistent_cluster or "
                     "persistent_grid, got ") +
         engine);
-  if (task.needs) return all;
+  if (task.needs || task.T == 0) return all;
   if (!forced->possible)
     throw std::invalid_argument(std::string("FUSED_RNN_CUDA_ENGINE is ") + engine +
                                 ", which cannot take this: " + forced->why);

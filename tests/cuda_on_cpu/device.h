@@ -187,6 +187,12 @@ inline void store_relaxed_16(Words4* to, Words4 value, FUSED_RNN_SITE) {
   runner::store(to, &value, 16, runner::Reach::device, false, {file, line});
 }
 
+// The runner finds deadlocks by itself.
+struct Watchdog {
+  explicit Watchdog(unsigned) {}
+  void look() const {}
+};
+
 // ---- transaction barriers
 
 inline void barrier_init(Barrier* barrier, unsigned count, FUSED_RNN_SITE) {
@@ -202,7 +208,7 @@ inline void barrier_arrive_remote(Barrier* mine, unsigned rank, FUSED_RNN_SITE) 
 inline void barrier_expect(Barrier* barrier, unsigned bytes, FUSED_RNN_SITE) {
   runner::barrier_arrive(barrier, bytes, {file, line});
 }
-inline void barrier_wait(Barrier* barrier, unsigned parity, FUSED_RNN_SITE) {
+inline void barrier_wait(Barrier* barrier, unsigned parity, unsigned = 0, FUSED_RNN_SITE) {
   runner::barrier_wait(barrier, parity, {file, line});
 }
 
