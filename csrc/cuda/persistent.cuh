@@ -26,6 +26,7 @@
 #include "../cells/cells.h"
 #include "../step.h"
 #include "exchange.cuh"
+#include "fast.cuh"
 #include "persistent.h"
 #include "product.cuh"
 
@@ -120,13 +121,13 @@ template <class Cell, class Product, template <class> class StatesOf>
 KERNEL_OF(team_threads)
 void forward_kernel(RecurrenceForwardParams p, Layout layout, ForwardPlaces places, Words4* ring) {
   using S = typename Product::S;
-  using V = float;
+  using V = Arithmetic<S>;
   constexpr int G = Cell::gates, kept = resident_slices(G, Product::resident);
   constexpr int width = slice_bytes / sizeof(S);  // columns of a slice
   unsigned char* const shared = dynamic_shared<unsigned char>();
   auto* const sums_of = reinterpret_cast<Words4*>(shared + places.sums);
-  auto* const c_of = reinterpret_cast<V*>(shared + places.c);
-  auto* const bias_of = reinterpret_cast<V*>(shared + places.bias);
+  auto* const c_of = reinterpret_cast<float*>(shared + places.c);
+  auto* const bias_of = reinterpret_cast<float*>(shared + places.bias);
   auto* const own_h_of = reinterpret_cast<S*>(shared + places.own_h);
   auto* const spans = reinterpret_cast<Span*>(shared + places.spans);
   const Member member(layout);
@@ -174,7 +175,7 @@ void forward_kernel(RecurrenceForwardParams p, Layout layout, ForwardPlaces plac
           bias_of[g * pairs + pair.number] =
               p.bias_hh && pair.index < p.H
                   ? widen(static_cast<const S*>(p.bias_hh)[(lane * G + g) * p.H + pair.index])
-                  : V(0);
+                  : 0.0f;
     }
     sync_threads();  // all are done with the group before
     find_spans(p, group, spans);
@@ -182,11 +183,11 @@ void forward_kernel(RecurrenceForwardParams p, Layout layout, ForwardPlaces plac
       for (int tile = 0; tile < group.tiles; ++tile) {
         const int b = group.row(tile, pair.row);
         S h{};
-        V c = 0;
+        float c = 0;
         if (b < p.B && pair.index < p.H) {
-          h = Narrow<S>::from(initial_state<S, V>(p, p.hx, p.h_n, p.H, lane, b, pair.index, 1));
+          h = Narrow<S>::from(initial_state<S, float>(p, p.hx, p.h_n, p.H, lane, b, pair.index, 1));
           if constexpr (Cell::has_c)
-            c = initial_state<S, V>(p, p.cx, p.c_n, p.H, lane, b, pair.index, 1);
+            c = initial_state<S, float>(p, p.cx, p.c_n, p.H, lane, b, pair.index, 1);
         }
         own_h_of[tile * pairs + pair.number] = h;
         c_of[tile * pairs + pair.number] = c;
@@ -253,14 +254,14 @@ void forward_kernel(RecurrenceForwardParams p, Layout layout, ForwardPlaces plac
 
         S* const own_h = own_h_of + tile * pairs + pair.number;
         if (active) {
-          V hidden_gates[G];
-          const auto* of_pair = reinterpret_cast<const V*>(
+          const auto* of_pair = reinterpret_cast<const float*>(
               &sums[pair.block * split * G * warp_size + place_of(pair.unit, pair.row)]);
           of_pair += number_of(pair.unit, pair.row);
+          V hidden_gates[G];
           for (int g = 0; g < G; ++g) {
-            hidden_gates[g] = 0;
-            for (int i = 0; i < split; ++i) hidden_gates[g] += of_pair[(i * G + g) * warp_size * 4];
-            hidden_gates[g] += bias_of[g * pairs + pair.number];
+            float sum = 0;
+            for (int i = 0; i < split; ++i) sum += of_pair[(i * G + g) * warp_size * 4];
+            hidden_gates[g] = sum + bias_of[g * pairs + pair.number];
           }
           forward_units<Cell, S>(p, row, pair.index, 1, input_gates, hidden_gates,
                                  own_weights<Cell, S>(p, p.weight_ch, lane), own_h,
@@ -284,7 +285,7 @@ KERNEL_OF(team_threads)
 void backward_kernel(RecurrenceBackwardParams p, Layout layout, BackwardPlaces places,
                      Words4* ring) {
   using S = typename Product::S;
-  using V = float;
+  using V = Arithmetic<S>;
   constexpr int G = Cell::gates, U = Cell::unit_weights;
   constexpr int width = slice_bytes / sizeof(S);  // own gates of a slice
   constexpr int slices = static_cast<int>(slices_of(G * unit_blocks * unit_block, sizeof(S)));
@@ -295,9 +296,9 @@ void backward_kernel(RecurrenceBackwardParams p, Layout layout, BackwardPlaces p
                                                        : 1;
   unsigned char* const shared = dynamic_shared<unsigned char>();
   auto* const d_gates_of = reinterpret_cast<Words4*>(shared + places.d_gates);
-  auto* const d_h_of = reinterpret_cast<V*>(shared + places.d_h);
-  auto* const d_c_of = reinterpret_cast<V*>(shared + places.d_c);
-  auto* const unit_sums = reinterpret_cast<V*>(shared + places.unit_sums);
+  auto* const d_h_of = reinterpret_cast<float*>(shared + places.d_h);
+  auto* const d_c_of = reinterpret_cast<float*>(shared + places.d_c);
+  auto* const unit_sums = reinterpret_cast<float*>(shared + places.unit_sums);
   auto* const spans = reinterpret_cast<Span*>(shared + places.spans);
   const Member member(layout);
   const Sums_ exchange(layout, places, shared, member, ring);
@@ -349,7 +350,7 @@ void backward_kernel(RecurrenceBackwardParams p, Layout layout, BackwardPlaces p
         const int b = group.row(tile, pair.row), at = tile * pairs + pair.number;
         const bool is = b < p.B && pair.index < p.H;
         const auto given = [&](const void* grad) {
-          return is && grad ? V(widen(state_at<S>(grad, p.B, p.H, lane, b)[pair.index])) : V(0);
+          return is && grad ? widen(state_at<S>(grad, p.B, p.H, lane, b)[pair.index]) : 0.0f;
         };
         d_h_of[at] = given(p.grad_h_n);
         if constexpr (Cell::has_c) d_c_of[at] = given(p.grad_c_n);
@@ -364,7 +365,7 @@ void backward_kernel(RecurrenceBackwardParams p, Layout layout, BackwardPlaces p
         const unsigned turn = span.before + (span.end - 1 - step);
         RowStep row{};
         ForwardResults<Cell, V> results;
-        V grad_output = 0;
+        float grad_output = 0;
         bool active;
         {
           const Pair pair(layout, member);
@@ -377,8 +378,8 @@ void backward_kernel(RecurrenceBackwardParams p, Layout layout, BackwardPlaces p
               grad_output = widen(p.grad_output.at<S>(t, b, lane)[pair.index]);
           }
         }
-        const V product =
-            step < span.end - 1 ? exchange.collect(tile, turn - 1, Pair(layout, member)) : V(0);
+        const float product =
+            step < span.end - 1 ? exchange.collect(tile, turn - 1, Pair(layout, member)) : 0.0f;
 
         Words4* const d_gates = d_gates_of + turns++ % 2 * slices * warp_size;
         if (const Pair pair(layout, member); pair.exists) {
@@ -386,7 +387,7 @@ void backward_kernel(RecurrenceBackwardParams p, Layout layout, BackwardPlaces p
           V d_input_gates[G], d_hidden_gates[G];
           for (int g = 0; g < G; ++g) d_hidden_gates[g] = 0;
           if (active) {
-            const V d_h = collect_d_hidden<false>(row, 1, product, &grad_output, &d_h_of[at]);
+            const V d_h = collect_d_hidden<false>(row, 1, V(product), &grad_output, &d_h_of[at]);
             V d_weight_ch[U > 0 ? U : 1];
             backward_units<Cell, S>(p, row, pair.index, 1, results, d_h,
                                     own_weights<Cell, S>(p, p.weight_ch, lane), &d_h_of[at],
@@ -441,7 +442,7 @@ void backward_kernel(RecurrenceBackwardParams p, Layout layout, BackwardPlaces p
 
     for (int tile = 0; tile < group.tiles; ++tile) {
       const Span span = spans[tile];
-      V product = 0;
+      float product = 0;
       if (span.end > span.begin)
         product =
             exchange.collect(tile, span.before + (span.end - span.begin) - 1, Pair(layout, member));
@@ -456,7 +457,7 @@ void backward_kernel(RecurrenceBackwardParams p, Layout layout, BackwardPlaces p
           if (p.d_cx)
             state_at<S>(p.d_cx, p.B, p.H, lane, b)[pair.index] = Narrow<S>::from(d_c_of[at]);
         for (int k = 0; k < U; ++k)
-          static_cast<V*>(p.d_unit_weights)[((lane * p.B + b) * U + k) * p.H + pair.index] =
+          static_cast<float*>(p.d_unit_weights)[((lane * p.B + b) * U + k) * p.H + pair.index] =
               unit_sums[(tile * U + k) * pairs + pair.number];
       }
       sync_threads();  // all have read the spans, and the sums
