@@ -208,6 +208,15 @@ struct UnitWeights {
   }
 };
 
+// A lane's weights of the cell's own, of those of all lanes; null if it has none.
+template <class Cell, class S, class Params>
+HOST_DEVICE const S* weight_ch_of(const Params& p, int64_t lane) {
+  if constexpr (Cell::unit_weights > 0)
+    return static_cast<const S*>(p.weight_ch) + lane * Cell::unit_weights * p.H;
+  else
+    return nullptr;
+}
+
 // A state before the step: zero after a reset, the initial one at the first step.
 template <class S, class V, class Earlier>
 HOST_DEVICE V previous_state(const Shape& p, const RowStep& row, const void* initial, int64_t width,

@@ -87,15 +87,6 @@ DEVICE NormWeights<const void*> of_lane(const NormWeights<const void*>& norm, in
   return {of_lane<S>(norm.weight, n, lane), of_lane<S>(norm.bias, n, lane)};
 }
 
-// The lane's own weights of the cell, if it has such.
-template <class Cell, class S, class Params>
-DEVICE const S* weight_ch_of(const Params& p, int64_t lane) {
-  if constexpr (Cell::unit_weights > 0)
-    return static_cast<const S*>(p.weight_ch) + lane * Cell::unit_weights * p.H;
-  else
-    return nullptr;
-}
-
 // What a lane's units have of weights beside the products'.
 template <class Cell, class S, class Params>
 DEVICE LaneWeights<const void*> weights_of(const Params& p, int64_t lane) {

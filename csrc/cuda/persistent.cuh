@@ -100,15 +100,6 @@ DEVICE Piece kept_piece(const Words4* pieces, int index) {
           pieces[(index * 2 + 1) * warp_size + warp_lane()]};
 }
 
-// What the cell's weights of its own are for a lane.
-template <class Cell, class S>
-DEVICE const S* own_weights(const Shape& p, const void* weight_ch, int64_t lane) {
-  if constexpr (Cell::unit_weights > 0)
-    return static_cast<const S*>(weight_ch) + lane * Cell::unit_weights * p.H;
-  else
-    return nullptr;
-}
-
 // An initial state as the first step sees it.
 template <class S>
 DEVICE float first_state(const Shape& p, const void* initial, int64_t lane, int64_t b,
@@ -264,7 +255,7 @@ void forward_kernel(RecurrenceForwardParams p, Layout layout, ForwardPlaces plac
             hidden_gates[g] = sum + bias_of[g * pairs + pair.number];
           }
           forward_units<Cell, S>(p, row, pair.index, 1, input_gates, hidden_gates,
-                                 own_weights<Cell, S>(p, p.weight_ch, lane), own_h,
+                                 weight_ch_of<Cell, S>(p, lane), own_h,
                                  c_of + tile * pairs + pair.number, own_h);
         }
         states.hand_over(tile, turn, pair.index, pair.row, Product::operand(*own_h));
@@ -390,8 +381,8 @@ void backward_kernel(RecurrenceBackwardParams p, Layout layout, BackwardPlaces p
             const V d_h = collect_d_hidden<false>(row, 1, V(product), &grad_output, &d_h_of[at]);
             V d_weight_ch[U > 0 ? U : 1];
             backward_units<Cell, S>(p, row, pair.index, 1, results, d_h,
-                                    own_weights<Cell, S>(p, p.weight_ch, lane), &d_h_of[at],
-                                    &d_c_of[at], d_input_gates, d_hidden_gates, d_weight_ch);
+                                    weight_ch_of<Cell, S>(p, lane), &d_h_of[at], &d_c_of[at],
+                                    d_input_gates, d_hidden_gates, d_weight_ch);
             for (int k = 0; k < U; ++k)
               unit_sums[(tile * U + k) * pairs + pair.number] += d_weight_ch[k];
             for (int g = 0; g < G; ++g) {
