@@ -453,8 +453,10 @@ HOST_DEVICE V collect_d_cell(const BackwardParams& p, const RowStep& row, int64_
 // next step's product read it while they wait.
 template <class Cell, class V>
 struct ForwardResults {
-  State<V> prev{V(0), V(0)}, next{V(0), V(0)};
+  State<V> prev, next;
   V saved[Cell::saved > 0 ? Cell::saved : 1];
+
+  HOST_DEVICE ForwardResults() : prev{V(0), V(0)}, next{V(0), V(0)} {}
 };
 
 template <class Cell, class S, class V>
