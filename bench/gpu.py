@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import fused_rnn
 
@@ -67,6 +67,7 @@ class Case(NamedTuple):
     bidirectional: bool = False
     ragged: bool = False
     library: str = ""  # the one that this row is there for
+    engine: str = ""  # the one of ours that is forced; else the plan chooses
 
     @property
     def key(self) -> str:
@@ -75,6 +76,7 @@ class Case(NamedTuple):
         parts += ["bidirectional"] if self.bidirectional else []
         parts += ["ragged"] if self.ragged else []
         parts += [self.library] if self.library else []
+        parts += [f"on {self.engine}"] if self.engine else []
         return " ".join(parts)
 
     @property
@@ -102,9 +104,10 @@ RAGGED = Shape(256, 64, 512, 512)
 def plan(libraries: Sequence[rivals.Library] = ()) -> tuple[list[Case], int]:
     """All rows in order, and how many of them are the subset.
 
-    The subset is JUDGED; every cell, dtype and mode at every H, with B moving on from one to the
-    next so that all pairs of H and B occur; stacked, ragged and attention. Rows for ``libraries``
-    that compile for minutes come after it, then the rest of the grid.
+    The subset is JUDGED, also on each of our engines; every cell, dtype and mode at every H, with
+    B moving on from one to the next so that all pairs of H and B occur; stacked, ragged and
+    attention. Rows for ``libraries`` that compile for minutes come after it, then the rest of the
+    grid.
     """
     choices = [
         (cell, mode, dtype) for mode in reversed(MODES) for dtype in PRECISIONS for cell in CELLS
@@ -124,9 +127,11 @@ def plan(libraries: Sequence[rivals.Library] = ()) -> tuple[list[Case], int]:
             ("forward", "bf16"), ("training", "fp32"), ("training", "bf16"), ("forward", "fp32"),
         )
     ]  # fmt: skip
+    on_each = [case._replace(engine=name) for case in judged for name in machine.CUDA_ENGINES]
     once = len(choices)
     subset = [
         *(case for case in judged if case.dtype in ("bf16", "fp16")),
+        *(case for case in on_each if case.dtype == "bf16"),
         *spread[:once],
         *stacked[::5],
         *ragged[1::5],
@@ -140,8 +145,14 @@ def plan(libraries: Sequence[rivals.Library] = ()) -> tuple[list[Case], int]:
         for mode in MODES
     ]
     grid = [Case(*choice, Shape(256, B, H, H)) for H in HIDDEN for B in BATCH for choice in choices]
-    every = [*subset, *compiled, *judged, *stacked, *ragged, *grid, *attentions]
+    every = [*subset, *compiled, *judged, *on_each, *stacked, *ragged, *grid, *attentions]
     return list(dict.fromkeys(every)), len(subset)
+
+
+def on_engine(cases: Sequence[Case], engine: str) -> list[Case]:
+    """The layers among ``cases``, all on one engine."""
+    forced = [case._replace(engine=engine) for case in cases if isinstance(case.shape, Shape)]
+    return list(dict.fromkeys(forced))
 
 
 def tiny(shape: Shape | AttentionShape) -> Shape | AttentionShape:
@@ -188,15 +199,51 @@ def attention_floor_us(shape: AttentionShape) -> float:
     return shape.B * shape.Tq * shape.Tk * shape.A / (16 * SMS * CLOCK_HZ) * 1e6
 
 
-def engine(layer: nn.Module, input: Tensor) -> str:
-    """The engine that a call takes, as far as that can be told."""
-    explain: Callable[..., object] | None = getattr(fused_rnn, "explain", None)
-    if explain is None:
-        return "cpu" if input.device.type == "cpu" else "per_step"
+def engine(layer: Any, input: Tensor, mode: str) -> dict[str, Any]:
+    """What ``fused_rnn.explain`` says of a call, as a row has it.
+
+    Predictions are of the recurrence alone; what is measured has the input's product and, in
+    training, the weight gradients too.
+    """
+    phases = PHASES[mode]
     try:
-        return str(explain(layer, input)).partition("\n")[0]
+        choices = fused_rnn.explain(layer, input).choices
     except Exception as failure:  # a name in a table is not worth its row
-        return f"({type(failure).__name__})"
+        return {"engine": f"({type(failure).__name__})"}
+    taken = [choice for choice in choices if choice.phase in phases]
+    times = [choice.candidates[0].us_per_step for choice in taken]
+    of_first_layer = {
+        choice.phase: {each.engine: each.us_per_step for each in choice.candidates if each.possible}
+        for choice in taken
+        if choice.layer == 0
+    }
+    return {
+        "engine": "+".join(dict.fromkeys(choice.engine for choice in taken)),
+        "predicted_us": None if None in times else sum(times),
+        "predicted": of_first_layer,
+    }
+
+
+PHASES = {"forward": ("forward",), "training": ("forward", "backward")}
+
+
+def refusal(case: Case, device: torch.device) -> str | None:
+    """Why the engine that ``case`` forces cannot take it, or None. A dry run asks about an H100."""
+    if not case.engine or isinstance(case.shape, AttentionShape):
+        return None
+    on_gpu = device.type == "cuda"
+    with products_as(PRECISIONS[case.dtype]), machine.forced(""):
+        layer = getattr(fused_rnn, case.cell)(
+            case.shape.I, case.shape.H, case.num_layers, bidirectional=case.bidirectional,
+            dtype=PRECISIONS[case.dtype].dtype, device=device if on_gpu else "meta",
+        )  # fmt: skip
+        explanation = fused_rnn.explain(layer, case.shape[:3], chip=None if on_gpu else "H100")
+    for choice in explanation.choices:
+        if choice.phase in PHASES[case.mode]:
+            (found,) = (each for each in choice.candidates if each.engine == case.engine)
+            if not found.possible:
+                return f"{case.engine} cannot take it {choice.phase}: {found.reason}"
+    return None
 
 
 def blank(case: Case, shape: Shape | AttentionShape) -> dict[str, Any]:
@@ -206,7 +253,10 @@ def blank(case: Case, shape: Shape | AttentionShape) -> dict[str, Any]:
     if isinstance(shape, Shape):
         row.update(layers=case.num_layers, bidirectional=case.bidirectional, ragged=case.ragged)
     return row | {
-        "engine": None,
+        "forced": case.engine or None,
+        "engine": None,  # of ours; forward+backward where those differ
+        "predicted_us": None,  # by the plan: what it took, all layers and passes, recurrence alone
+        "predicted": {},  # pass: engine that can take it: us, of one layer
         "unit": "us/step" if isinstance(shape, Shape) else "us/call",
         "us": None,
         "graph_us": None,  # our call in a CUDA graph
@@ -239,7 +289,10 @@ def measure(
     with products_as(PRECISIONS[case.dtype]):
         if isinstance(shape, AttentionShape):
             return _attention(case, shape, device, effort)
-        return _layer(case, shape, device, effort, libraries, graphs)
+        if not case.engine:  # the plan's choice, or that of the environment
+            return _layer(case, shape, device, effort, libraries, graphs)
+        with machine.forced(case.engine):
+            return _layer(case, shape, device, effort, libraries, graphs)
 
 
 @contextmanager
@@ -269,7 +322,7 @@ def _layer(
     precision = PRECISIONS[case.dtype]
     variant = layers.Variant(precision.dtype, case.num_layers, case.bidirectional, case.ragged)
     problem = layers.problem(case.cell, shape, device, variant, _copies(shape, precision, device))
-    row["engine"] = engine(problem.ours, problem.inputs[0])
+    row.update(engine(problem.ours, problem.inputs[0], case.mode))
     pair = problem.checked(case.mode)
     exact, peer = pair.exact(), pair.peer()
     check = timing.compare(pair.ours, peer, exact, rounding=precision.rounding)
@@ -407,6 +460,7 @@ class Sweep:
             "planned": planned,
             "running": None,  # the key of the row under way; left behind if the process is killed
             "fault": None,  # why the process gave up, if it did
+            "left_out": [],  # keys of rows that the engine forced on them cannot take, and why
             "rows": before.get("rows", []),
         }
         self.lost: str | None = before.get("running")
@@ -422,6 +476,10 @@ class Sweep:
     def add(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
         print(results.row_line(row), *(f"\n    {note}" for note in row["notes"]), flush=True)
+
+    def leave_out(self, case: Case, why: str) -> None:
+        self.document["left_out"].append({"key": case.key, "why": why})
+        print(f"{case.key}: left out, {why}", flush=True)
 
     def end(self, fault: str | None = None) -> None:
         self.document.update(running=None, fault=fault)
@@ -471,6 +529,10 @@ def sweep(
         guard(COMPILED_ROW_LIMIT_S if case.library else ROW_LIMIT_S)
         began = time.perf_counter()
         try:
+            why = refusal(case, device)
+            if why is not None:
+                file.leave_out(case, why)
+                continue
             effort = GPU_EFFORT if on_gpu else DRY_EFFORT
             uncaptured = sum(row["captured"] is False for row in file.rows)
             graphs = on_gpu and uncaptured < CAPTURE_FAILURES
@@ -513,6 +575,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rows", choices=("subset", "all"), default="all", help="all begins with the subset"
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="cpu: a dry run")
+    parser.add_argument(
+        "--engine", choices=machine.CUDA_ENGINES, help="layers only, all on this one"
+    )
     parser.add_argument("--resume", action="store_true", help="go on with the rows of --json")
     parser.add_argument("--plan", action="store_true", help="say how many rows, measure nothing")
 
@@ -521,14 +586,17 @@ def run(options: argparse.Namespace, device: torch.device) -> int:
     """The command; ``device`` is the one that the options name."""
     if device.type == "cpu":
         torch.set_num_threads(1)  # for shapes this small others would only be waited for
-    every, subset = plan(rivals.LIBRARIES)
+    every, count = plan(rivals.LIBRARIES)
+    subset = every[:count]
+    if options.engine:
+        every, subset = on_engine(every, options.engine), on_engine(subset, options.engine)
     if options.plan:
-        for name, cases in (("subset", every[:subset]), ("all", every)):
+        for name, cases in (("subset", subset), ("all", every)):
             expected = sum(case.expected_s for case in cases)
             print(f"sweep, {name}: {len(cases)} rows, about {expected:.0f} s on a GPU (a guess)")
         return 0
     return sweep(
-        every[:subset] if options.rows == "subset" else every,
+        subset if options.rows == "subset" else every,
         device,
         options.json,
         options.seconds,

@@ -13,6 +13,7 @@
 #   machine.json   commit, GPU, driver, clocks, versions      stages.json   what passed, and how long
 #   sweep.json     the rows measured, see gpu.py              log.txt       what the stages printed
 #   summary.txt    stages, means, rows with the worst ratios last
+#   sanitizers/    what each tool found, if it was run
 #
 # --dry-run prints the plan, then runs what needs no GPU: the facts, the tests' collection, and the
 # sweep on the CPU with shapes too small to mean anything.
@@ -43,6 +44,7 @@ repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python3}
 deadline=$((SECONDS + budget))
 rm -f "$out"/{machine,stages,sweep}.json "$out"/{summary.txt,log.txt}
+rm -rf "$out/sanitizers"
 
 if ! work=$(mktemp -d); then
   work=$out/work
@@ -63,6 +65,20 @@ if [ -z "${CUDA_HOME:-}" ]; then
   done
 fi
 [ -z "${CUDA_HOME:-}" ] || PATH=$PATH:$CUDA_HOME/bin:$CUDA_HOME/compute-sanitizer
+
+# What is built: for the GPU at hand and no other, on all cores, and where nvcc can, one source's kernels
+# on several.
+export MAX_JOBS=${MAX_JOBS:-$(nproc)}
+clusters=yes
+capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null)
+capability=${capability%%$'\n'*}
+if [[ $capability =~ ^[0-9]+\.[0-9]$ ]]; then
+  if [ "${capability%.*}" -lt 9 ]; then clusters=no; else capability+=a; fi
+  export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$capability}
+fi
+if [[ $(nvcc --help 2>/dev/null) = *--split-compile* ]]; then
+  export NVCC_APPEND_FLAGS="${NVCC_APPEND_FLAGS:+$NVCC_APPEND_FLAGS }--split-compile=0"
+fi
 
 results() { "$python" "$repo/bench/results.py" "$@"; }
 
@@ -88,7 +104,7 @@ start() { # start NAME SECONDS COMMAND...
   shift 2
   if [ $planning = yes ]; then
     command="${*//"$repo/"/}"
-    printf '%-12s at most %3d s  %s\n' "$name" "$limit" "${command//$'\n'/; }"
+    printf '%-17s at most %3d s  %s\n' "$name" "$limit" "${command//$'\n'/; }"
     return
   fi
   [ "$limit" -le "$left" ] || limit=$left
@@ -104,7 +120,7 @@ start() { # start NAME SECONDS COMMAND...
 
 skip() { # skip NAME WHY
   if [ $planning = yes ]; then
-    printf '%-12s not run: %s\n' "$1" "$2"
+    printf '%-17s not run: %s\n' "$1" "$2"
   else
     echo "== $1: not run, $2"
     results stage "$out" "$1" "" 0 "$2"
@@ -136,7 +152,11 @@ record() { # record NAME: of a stage that has ended
   wait "$pid"
   rc=$?
   [ $rc -eq 137 ] && [ $seconds -ge "${limits[$name]}" ] && rc=124
-  if [[ $name = *check ]] && grep -q "Device not supported" "$log"; then
+  if [[ $name = *check* ]]; then
+    mkdir -p "$out/sanitizers"
+    grep '^=========' "$log" >"$out/sanitizers/$name.txt"
+  fi
+  if [[ $name = *check* ]] && grep -q "Device not supported" "$log"; then
     rc='' why=("compute-sanitizer does not support this device")
   fi
   # To pytest it is a success when every test was skipped.
@@ -183,11 +203,11 @@ stage_build() {
   if [ $dry = yes ] && [ $planning = no ] && have fused_rnn._C; then
     skip build "dry run, and the extension is there"
   else
-    start build 205 "$python" "$repo/setup.py" build_ext --force "${where[@]}"
+    start build 210 "$python" "$repo/setup.py" build_ext --force "${where[@]}"
     finish
     link_package
   fi
-  on_gpu import 25 "$python" -c "
+  on_gpu import 20 "$python" -c "
 import fused_rnn._C as extension, torch
 print(extension.build_info(), torch.cuda.get_device_name())
 assert extension.build_info()['cuda'], 'built without CUDA: every test would be skipped'"
@@ -195,40 +215,58 @@ assert extension.build_info()['cuda'], 'built without CUDA: every test would be 
 }
 
 stage_tests() {
-  local test_cuda=$repo/tests/test_cuda.py tool sanitizer
+  local test_cuda=$repo/tests/test_cuda.py tool engine sanitizer
+  local tools=(memcheck racecheck synccheck)
   if ! have pytest; then
-    for tool in tests memcheck racecheck synccheck initcheck determinism graphs; do
+    for tool in tests "${tools[@]/%/-cluster}" "${tools[@]/%/-grid}" "${tools[@]}" initcheck \
+      determinism graphs; do
       skip $tool "pytest is not installed"
     done
     return
   fi
   if [ $dry = yes ] && [ $planning = no ]; then
-    start tests 75 "${pytest[@]}" -q --collect-only -m cuda "$repo/tests"
+    start tests 80 "${pytest[@]}" -q --collect-only -m cuda "$repo/tests"
   else
-    start tests 75 "${pytest[@]}" -v --durations=10 "${workers[@]}" -m cuda \
+    start tests 80 "${pytest[@]}" -v --durations=10 "${workers[@]}" -m cuda \
       -k "not (test_cuda and (deterministic or graph))" "$repo/tests"
   fi
   finish
-  # One start of Python each is most of what these take: together.
-  for tool in memcheck racecheck synccheck initcheck; do
-    # Kernels of the libraries that are called trip all but memcheck.
-    sanitizer=(compute-sanitizer --tool "$tool" --error-exitcode 86 --print-limit 20)
-    if [ $tool = memcheck ]; then
-      sanitizer+=(--report-api-errors no)
-    else
-      sanitizer+=(--kernel-name kns=fused_rnn)
-    fi
-    if command -v compute-sanitizer >/dev/null || [ $planning = yes ]; then
-      on_gpu $tool 70 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "${sanitizer[@]}" \
-        "${pytest[@]}" -v -k small "$test_cuda"
-    else
-      skip $tool "compute-sanitizer is not installed"
-    fi
+  # One start of Python each is most of what these take: together. Each persistent engine on its own,
+  # so that one that hangs, or that a tool does not understand, says nothing of the other.
+  for engine in cluster grid; do
+    for tool in "${tools[@]}"; do
+      if [ "$engine$clusters" = clusterno ]; then
+        skip "$tool-$engine" "this GPU has no clusters"
+        continue
+      fi
+      sanitize "$tool" "$tool-$engine" "small and persistent_$engine"
+    done
+  done
+  for tool in "${tools[@]}" initcheck; do
+    sanitize "$tool" "$tool" "small and not persistent" FUSED_RNN_CUDA_ENGINE=per_step
   done
   finish
-  on_gpu determinism 30 "${pytest[@]}" -v -k deterministic "$test_cuda"
-  on_gpu graphs 30 "${pytest[@]}" -v -k graph "$test_cuda"
+  on_gpu determinism 40 "${pytest[@]}" -v -k deterministic "$test_cuda"
+  on_gpu graphs 40 "${pytest[@]}" -v -k graph "$test_cuda"
   finish
+}
+
+sanitize() { # sanitize TOOL NAME TESTS [VARIABLE=VALUE]
+  local tool=$1 name=$2 which=$3 sanitizer
+  shift 3
+  # Kernels of the libraries that are called trip all but memcheck.
+  sanitizer=(compute-sanitizer --tool "$tool" --error-exitcode 86 --print-limit 50)
+  if [ "$tool" = memcheck ]; then
+    sanitizer+=(--report-api-errors no)
+  else
+    sanitizer+=(--kernel-name kns=fused_rnn)
+  fi
+  if command -v compute-sanitizer >/dev/null || [ $planning = yes ]; then
+    on_gpu "$name" 70 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 OMP_NUM_THREADS=1 "$@" \
+      "${sanitizer[@]}" "${pytest[@]}" -v -k "$which" "$repo/tests/test_cuda.py"
+  else
+    skip "$name" "compute-sanitizer is not installed"
+  fi
 }
 
 stage_sweep() {
@@ -256,7 +294,7 @@ stage_sweep() {
 }
 
 stages() {
-  start facts 45 "$python" "$repo/bench/results.py" facts "$out" "$repo"
+  start facts 30 "$python" "$repo/bench/results.py" facts "$out" "$repo"
   finish
   stage_build
   stage_tests

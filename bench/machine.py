@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import platform
 import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,11 @@ import torch
 
 import fused_rnn
 from fused_rnn import _C
+
+from .shapes import Shape
+
+CUDA_ENGINES = ("per_step", "persistent_cluster", "persistent_grid")
+VARIABLE = "FUSED_RNN_CUDA_ENGINE"
 
 
 def facts() -> dict[str, Any]:
@@ -30,13 +37,83 @@ def facts() -> dict[str, Any]:
         "instruction_sets": dict(_C.instruction_sets()),
         "active_instruction_set": _active_instruction_set(),
         "cuda_devices": _cuda_devices(),
+        "cuda_plans": cuda_plans(),
         "engines": engines(),
     }
 
 
 def engines() -> dict[str, bool]:
     """Every engine of the library and whether this build has it."""
-    return {"cpu": True, "per_step": has_cuda_engine()}
+    return {"cpu": True} | dict.fromkeys(CUDA_ENGINES, has_cuda_engine())
+
+
+# An LSTM in bfloat16 with rows for several teams, which tells how many of them there are.
+PROBE = Shape(256, 256, 512, 512)
+LARGEST = 4096  # hidden units that are tried
+
+
+def cuda_plans(chips: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """What the plan of the engines knows of each GPU: its sizes, and what follows from them.
+
+    ``chips`` names those that it knows without having them, in place of the GPUs at hand.
+    """
+    if chips is not None:
+        known = _C.cuda_chips()
+        return [{"name": name, **known[name], **_planned(name)} for name in chips]
+    if not has_cuda_engine():
+        return []
+    found = []
+    for i, name in enumerate(_cuda_devices()):
+        properties = torch.cuda.get_device_properties(i)
+        with torch.cuda.device(i):
+            found.append(
+                {
+                    "name": name,
+                    "capability": properties.major * 10 + properties.minor,
+                    "multiprocessors": properties.multi_processor_count,
+                    "shared_bytes": getattr(properties, "shared_memory_per_block_optin", None),
+                    **_planned(None),
+                }
+            )
+    return found
+
+
+def _planned(chip: str | None) -> dict[str, Any]:
+    """Which engine PROBE takes, and up to which H an LSTM with 16 rows fits each of them."""
+
+    def candidates(backward: bool, B: int, H: int) -> dict[str, dict[str, Any]]:
+        plan = _C.cuda_plan(
+            "lstm", "bfloat16", PROBE.T, B, 1, H, projected=False, varied=False, tf32=False,
+            backward=backward, chip=chip,
+        )  # fmt: skip
+        return {each["engine"]: each for each in plan}
+
+    probe, largest = {}, {}
+    with forced(""):
+        for phase, backward in (("forward", False), ("backward", True)):
+            probe[phase] = {
+                name: {key: each[key] for key in ("possible", "microseconds_per_step", "reason")}
+                for name, each in candidates(backward, PROBE.B, PROBE.H).items()
+            }
+            able = dict.fromkeys(CUDA_ENGINES[1:], 0)
+            for H in range(64, LARGEST + 1, 64):
+                plan = candidates(backward, 16, H)
+                able |= {name: H for name in able if plan[name]["possible"]}
+            largest[phase] = able
+    return {"probe": probe, "largest_hidden": largest}
+
+
+@contextmanager
+def forced(engine: str) -> Iterator[None]:
+    """Within, CUDA calls take that engine; for an empty name, the one that the plan chooses."""
+    before = os.environ.get(VARIABLE)
+    os.environ[VARIABLE] = engine
+    try:
+        yield
+    finally:
+        os.environ.pop(VARIABLE)
+        if before is not None:
+            os.environ[VARIABLE] = before
 
 
 def multiply_add_flops() -> float:
@@ -81,6 +158,8 @@ def advice(found: dict[str, Any]) -> list[str]:
         lines.append(
             "CUDA device: torch sees none. Look at nvidia-smi and at CUDA_VISIBLE_DEVICES."
         )
+    if engine := os.environ.get(VARIABLE):
+        lines.append(f"{VARIABLE}={engine} is set: unset it for the plan's choice.")
     return lines
 
 

@@ -31,6 +31,7 @@ NEEDED = ("build", "import", "tests", "sweep")  # stages without which a run has
 LEGEND = (
     "x: torch.nn's time over ours, for attention torch.compile's; above 1 ours is faster.",
     "After graph: both replayed as CUDA graphs. Floors: our time over what arithmetic allows.",
+    "Plan: predicted by the cost model, for the recurrence alone; forced: not the plan's choice.",
 )
 SHOWN = 40  # rows of the sweep that are printed; summary.txt holds all
 
@@ -76,7 +77,9 @@ def facts(repository: Path) -> dict[str, Any]:
         "environment": {
             name: value
             for name, value in sorted(os.environ.items())
-            if name.startswith(("CUBLAS_", "CUDA_", "FUSED_RNN_", "NVIDIA_TF32", "PYTORCH_"))
+            if name.startswith(
+                ("CUBLAS_", "CUDA_", "FUSED_RNN_", "NVCC_", "NVIDIA_TF32", "PYTORCH_")
+            )
             or name in ("MAX_JOBS", "OMP_NUM_THREADS", "TORCH_CUDA_ARCH_LIST")
         },
     }
@@ -164,7 +167,7 @@ def stage_line(stage: dict[str, Any]) -> str:
         told = f"not run: {stage['not_run']}"
     else:
         told = {0: "passed", 124: "FAILED: out of time"}.get(stage["rc"], f"FAILED ({stage['rc']})")
-    return f"{stage['name']:<13} {stage['seconds']:>5.0f} s  {told}"
+    return f"{stage['name']:<17} {stage['seconds']:>5.0f} s  {told}"
 
 
 def row_line(row: dict[str, Any]) -> str:
@@ -177,6 +180,7 @@ def row_line(row: dict[str, Any]) -> str:
             f" {row['layers']}-layer" if row.get("layers", 1) > 1 else "",
             " bidirectional" if row.get("bidirectional") else "",
             " ragged" if row.get("ragged") else "",
+            " forced" if row.get("forced") else "",
         )
     )
     what = f"{row['cell']:<9} {row['mode']:<8} {row['dtype']:<4} {sizes}{kind}"
@@ -184,6 +188,8 @@ def row_line(row: dict[str, Any]) -> str:
         problem = row["problem"] or f"wrong result: {row['check']}"
         return f"{what}  FAILED {problem}"
     line = f"{what}  {row['engine']} {_us(row['us'])} {row['unit']}"
+    if row.get("predicted_us") is not None:
+        line += f" (plan {_us(row['predicted_us'])})"
     line += "".join(f", {name} {_us(time)}" for name, time in row["peers"].items())
     if row["graph_us"] is not None:
         line += f", graph {_us(row['graph_us'])}"
@@ -205,15 +211,19 @@ def worst_last(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def means(rows: Iterable[dict[str, Any]]) -> list[str]:
-    """The geometric mean of the ratios of each cell, mode and dtype, and the least of them."""
-    ratios: dict[tuple[str, str, str], list[float]] = {}
+    """The geometric mean of the ratios of each cell, mode and dtype, and the least of them.
+
+    Rows on an engine that was forced count for themselves.
+    """
+    ratios: dict[tuple[str, str, str, str], list[float]] = {}
     for row in rows:
         if row["ratio"]:
-            ratios.setdefault((row["cell"], row["mode"], row["dtype"]), []).append(row["ratio"])
+            key = (row["cell"], row["mode"], row["dtype"], row.get("forced") or "")
+            ratios.setdefault(key, []).append(row["ratio"])
     return [
-        f"{' '.join((cell, mode, dtype)):<23} mean x{_geometric_mean(each):.2f}, "
+        f"{' '.join(key).rstrip():<23} mean x{_geometric_mean(each):.2f}, "
         f"least x{min(each):.2f}, {len(each)} rows"
-        for (cell, mode, dtype), each in sorted(ratios.items())
+        for key, each in sorted(ratios.items())
     ]
 
 
@@ -236,7 +246,9 @@ def summary(out: Path, shown: int | None = None) -> list[str]:
         *map(stage_line, stages),
     ]
     if sweep:
-        lines += ["", f"sweep: {len(rows)} of {sweep['planned']} rows"]
+        left_out = len(sweep.get("left_out", []))
+        beside = f", {left_out} left out: their engine cannot take them" if left_out else ""
+        lines += ["", f"sweep: {len(rows)} of {sweep['planned']} rows{beside}"]
         if sweep["running"] is not None:
             lines.append(f"stopped at: {sweep['running']}")
         lines += ["", *means(rows)]

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
 import pytest
 import torch
 from helpers import (
@@ -24,6 +31,72 @@ from fused_rnn import autograd, ops
 pytestmark = pytest.mark.cuda
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+ENGINES = ["per_step", "persistent_cluster", "persistent_grid"]
+PERSISTENT = ENGINES[1:]
+# How numbers are stored, and whether their products may round to TF32.
+PRECISIONS = {
+    "bfloat16": (torch.bfloat16, False),
+    "float16": (torch.float16, False),
+    "float32": (torch.float32, False),
+    "tf32": (torch.float32, True),
+}
+CELLS = LAYERS | {
+    "lstm_peephole": ("LSTM", {"peephole": True}),
+    "lstm_coupled": ("LSTM", {"coupled": True}),
+    "lstm_coupled_peephole": ("LSTM", {"peephole": True, "coupled": True}),
+}
+
+
+class Sizes(NamedTuple):
+    """Of an input and its layer; with lengths and resets where it is ragged."""
+
+    T: int
+    B: int
+    I: int  # noqa: E741
+    H: int
+    bidirectional: bool = False
+    ragged: bool = False
+
+
+def layer_of(cell: str, sizes: Sizes, **options: Any) -> Any:
+    name, chosen = CELLS[cell]
+    layer = getattr(fused_rnn, name)
+    return layer(sizes.I, sizes.H, bidirectional=sizes.bidirectional, **chosen, **options)
+
+
+def call_of(layer: Any, sizes: Sizes, dtype: torch.dtype) -> tuple[Any, ...]:
+    """On the GPU: an input, states, and lengths and resets by name."""
+    T, B = sizes.T, sizes.B
+    x = dyadic(T, B, sizes.I, dtype=dtype, device="cuda")
+    hx = states(layer, B, dtype=dtype, device="cuda")
+    if not sizes.ragged:
+        return x, hx, {}
+    lengths = torch.randint(T + 1, (B,))
+    lengths[0] = T
+    return x, hx, {"lengths": lengths.cuda(), "resets": (torch.rand(T, B) < 0.1).cuda()}
+
+
+@pytest.fixture(params=PRECISIONS)
+def precision(request) -> Iterator[str]:
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = PRECISIONS[request.param][1]
+    yield request.param
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def force(monkeypatch: pytest.MonkeyPatch, engine: str, layer: Any, sizes: Sizes) -> None:
+    """Has ``layer`` run by ``engine``, or skips the test where this GPU cannot.
+
+    That every size here is one that an H100 takes is asserted in test_gpu_check.py.
+    """
+    monkeypatch.setenv("FUSED_RNN_CUDA_ENGINE", engine)
+    try:
+        explanation = fused_rnn.explain(layer, sizes[:3])
+    except RuntimeError as error:
+        if "which cannot take this" not in str(error):
+            raise
+        pytest.skip(str(error))
+    assert {choice.engine for choice in explanation.choices} == {engine}
 
 
 @pytest.fixture
@@ -51,6 +124,26 @@ def test_small_layers_match_the_reference(cell, dtype, unpoisoned):
     found = run(layer.cuda(), x.cuda(), hx, **on_gpu)
     found = {name: value.cpu() for name, value in found.items()}
     assert_close_like_torch([found], [loops], [exactly])
+
+
+SMALL = Sizes(4, 11, 3, 40, bidirectional=True, ragged=True)
+
+
+@pytest.mark.parametrize("engine", PERSISTENT)
+@pytest.mark.parametrize("precision", ["bfloat16", "float32", "tf32"], indirect=True)
+@pytest.mark.parametrize("cell", ["lstm_peephole", "gru", "rnn_relu"])
+def test_small_layers_on_engines(cell, precision, engine, unpoisoned, monkeypatch):
+    """A last unit block and a last tile of rows that are not full, against loops on the CPU."""
+    dtype, tf32 = PRECISIONS[precision]
+    layer = layer_of(cell, SMALL, dtype=dtype)
+    on_gpu = layer_of(cell, SMALL, dtype=dtype, device="cuda")
+    on_gpu.load_state_dict(layer.state_dict())
+    force(monkeypatch, engine, on_gpu, SMALL)
+    x, hx, ragged = call_of(on_gpu, SMALL, dtype)
+    found = {name: value.cpu() for name, value in run(on_gpu, x, hx, **ragged).items()}
+    hx = tuple(h.cpu() for h in hx) if isinstance(hx, tuple) else hx.cpu()
+    given = {name: value.cpu() for name, value in ragged.items()}
+    assert_by_the_rule(cell, layer, [(found, x.cpu(), hx, given)], tf32)
 
 
 def test_small_projection_equals_cpu(unpoisoned):
@@ -122,6 +215,172 @@ def test_layers_match_torch(cell, dtype):
     assert_close_like_torch([run(ours, x, hx)], [run(theirs, x, hx)], [exact])
 
 
+Draw = tuple[dict[str, torch.Tensor], torch.Tensor, Any, dict[str, torch.Tensor]]
+
+
+def assert_by_the_rule(cell: str, layer: Any, draws: list[Draw], tf32: bool) -> None:
+    """Each draw, what was found and from what: errors at most twice those of the plain loop.
+
+    TF32 has as many bits of fraction as float16, whose loop is its measure.
+    """
+    exact, plain = double(layer), double(layer).to(torch.half) if tf32 else layer
+    dtype = next(plain.parameters()).dtype
+
+    def cast(hx: Any) -> Any:
+        return tuple(h.to(dtype) for h in hx) if isinstance(hx, tuple) else hx.to(dtype)
+
+    loops, exactly = [], []
+    for found, x, hx, ragged in draws:
+        loop = run(plain, x.to(dtype), cast(hx), call=by_reference(cell, plain), **ragged)
+        loops.append({name: value.to(found[name].dtype) for name, value in loop.items()})
+        exactly.append(run(exact, double(x), double(hx), call=by_reference(cell, exact), **ragged))
+    assert_close_like_torch([found for found, *_ in draws], loops, exactly)
+
+
+def assert_engine_obeys_the_rule(
+    monkeypatch: pytest.MonkeyPatch, engine: str, cell: str, precision: str, sizes: Sizes
+) -> None:
+    dtype, tf32 = PRECISIONS[precision]
+    layer = layer_of(cell, sizes, dtype=dtype, device="cuda")
+    force(monkeypatch, engine, layer, sizes)
+    draws = []
+    for _ in range(2):
+        x, hx, ragged = call_of(layer, sizes, dtype)
+        draws.append((run(layer, x, hx, **ragged), x, hx, ragged))
+    assert_by_the_rule(cell, layer, draws, tf32)
+
+
+EVERY_CELL = Sizes(17, 11, 9, 45, bidirectional=True, ragged=True)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("cell", CELLS)
+def test_engines_obey_the_tolerance_rule(cell, precision, engine, monkeypatch):
+    assert_engine_obeys_the_rule(monkeypatch, engine, cell, precision, EVERY_CELL)
+
+
+# What only a real GPU has room for: teams of many blocks, weights in registers and beyond them,
+# several teams, groups of tiles in turns. In float32 T*B is small: the one product that ours makes
+# of a weight's gradient adds up in a longer chain than the loop's product for each timestep.
+LARGER: dict[str, list[tuple[str, str, Sizes]]] = {
+    "per_step": [
+        ("lstm", "bfloat16", Sizes(24, 16, 32, 1024)),
+        ("gru", "tf32", Sizes(24, 37, 16, 509, True, True)),
+    ],
+    "persistent_cluster": [
+        ("rnn_tanh", "float32", Sizes(64, 1, 8, 64)),
+        ("gru", "float16", Sizes(64, 37, 8, 64, True, True)),
+        ("lstm", "bfloat16", Sizes(64, 1, 8, 200)),
+        ("lstm_peephole", "float32", Sizes(9, 16, 8, 200, True, True)),
+        ("lstm_coupled", "tf32", Sizes(20, 37, 8, 199, True, True)),
+        ("lstm", "bfloat16", Sizes(64, 16, 32, 512)),
+        ("lstm", "float16", Sizes(24, 1, 16, 512)),
+        ("lstm", "tf32", Sizes(24, 37, 16, 512)),
+        ("gru", "bfloat16", Sizes(24, 300, 16, 509, True, True)),
+        ("gru", "float32", Sizes(8, 16, 16, 512)),
+        ("rnn_relu", "float32", Sizes(4, 37, 16, 333)),
+    ],
+    "persistent_grid": [
+        ("rnn_relu", "tf32", Sizes(64, 1, 8, 64)),
+        ("lstm", "float16", Sizes(64, 37, 8, 64, True, True)),
+        ("gru", "bfloat16", Sizes(64, 1, 8, 200)),
+        ("lstm_peephole", "float32", Sizes(9, 16, 8, 200, True, True)),
+        ("lstm", "bfloat16", Sizes(64, 16, 32, 512)),
+        ("lstm", "float32", Sizes(4, 37, 16, 512)),
+        ("lstm", "bfloat16", Sizes(64, 16, 32, 1024)),
+        ("lstm", "tf32", Sizes(16, 37, 16, 1024)),
+        ("lstm_coupled", "bfloat16", Sizes(16, 37, 16, 1023, True, True)),
+        ("gru", "float16", Sizes(24, 1, 16, 1024)),
+        ("gru", "float32", Sizes(8, 16, 16, 1024)),
+        ("rnn_tanh", "bfloat16", Sizes(16, 300, 16, 777, True, True)),
+        ("lstm", "bfloat16", Sizes(8, 16, 16, 2048)),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("engine", "cell", "precision", "sizes"),
+    [(engine, *each) for engine, cases in LARGER.items() for each in cases],
+    indirect=["precision"],
+    ids=lambda value: "-".join(map(str, value)) if isinstance(value, Sizes) else value,
+)
+def test_engines_on_larger_layers(engine, cell, precision, sizes, monkeypatch):
+    assert_engine_obeys_the_rule(monkeypatch, engine, cell, precision, sizes)
+
+
+AGAIN = (Sizes(40, 16, 64, 128), Sizes(24, 37, 48, 200, bidirectional=True, ragged=True))
+
+
+@pytest.mark.parametrize("engine", PERSISTENT)
+@pytest.mark.parametrize("cell", ["rnn_relu", "lstm_peephole", "gru"])
+def test_engines_are_deterministic(cell, precision, engine, monkeypatch):
+    """Bitwise, whatever lies in memory, also on another stream that is still busy."""
+    torch.use_deterministic_algorithms(False)
+    dtype, _ = PRECISIONS[precision]
+    for sizes in AGAIN:
+        layer = layer_of(cell, sizes, dtype=dtype, device="cuda")
+        force(monkeypatch, engine, layer, sizes)
+        x, hx, ragged = call_of(layer, sizes, dtype)
+        first = run(layer, x, hx, **ragged)
+        for _ in range(4):
+            for size in (1 << 10, 1 << 22):
+                torch.full((size,), float("nan"), device="cuda")  # left in the allocator's blocks
+            assert_equal(run(layer, x, hx, **ragged), first)
+        torch.cuda.synchronize()
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(5_000_000)
+            late = torch.zeros_like(x)
+            late.copy_(x)
+            found = run(layer, late, hx, **ragged)
+        stream.synchronize()
+        assert_equal(found, first)
+
+
+SIDE_BY_SIDE = {
+    "persistent_cluster": [Sizes(64, 16, 16, 512), Sizes(64, 64, 16, 256, True)],
+    "persistent_grid": [Sizes(64, 16, 16, 1024), Sizes(64, 16, 16, 1024, True)],
+}
+
+
+@pytest.mark.parametrize("engines", [[name] for name in PERSISTENT] + [PERSISTENT], ids=",".join)
+def test_layers_side_by_side_on_two_streams(engines, monkeypatch):
+    """Launches that wait for their own blocks, and do not fit together, must not wait for ever.
+
+    In a process of its own: one that hangs cannot be interrupted.
+    """
+    for engine in engines:
+        for sizes in SIDE_BY_SIDE[engine]:
+            layer = layer_of("lstm", sizes, dtype=torch.bfloat16, device="cuda")
+            force(monkeypatch, engine, layer, sizes)
+    script = f"import test_cuda; test_cuda.run_side_by_side({engines!r})"
+    subprocess.run(
+        [sys.executable, "-c", script], cwd=Path(__file__).parent, check=True, timeout=55
+    )
+
+
+def run_side_by_side(engines: list[str]) -> None:
+    """Forward and backward of two layers or more, each on its stream, 30 times; equal each time."""
+    jobs = []
+    for engine in engines:
+        for sizes in SIDE_BY_SIDE[engine]:
+            layer = layer_of("lstm", sizes, dtype=torch.bfloat16, device="cuda")
+            x, hx, _ = call_of(layer, sizes, torch.bfloat16)
+            os.environ["FUSED_RNN_CUDA_ENGINE"] = engine
+            alone = run(layer, x, hx)
+            jobs.append((engine, layer, x, hx, alone, torch.cuda.Stream()))
+    torch.cuda.synchronize()
+    for _ in range(30):
+        together = []
+        for engine, layer, x, hx, _, stream in jobs:
+            os.environ["FUSED_RNN_CUDA_ENGINE"] = engine
+            with torch.cuda.stream(stream):
+                together.append(run(layer, x, hx))
+        torch.cuda.synchronize()
+        for found, (*_, alone, _) in zip(together, jobs, strict=True):
+            assert_equal(found, alone)
+
+
 @pytest.mark.parametrize("ragged", [False, True], ids=["dense", "ragged"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("cell", LAYERS)
@@ -161,11 +420,16 @@ def test_another_stream_is_used(cell):
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
+CAPTURED = Sizes(5, 3, 8, 40, bidirectional=True, ragged=True)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("cell", LAYERS)
-def test_capture_in_a_cuda_graph(cell, dtype):
+def test_capture_in_a_cuda_graph(cell, dtype, engine, monkeypatch):
     """Forward and backward synchronise nothing and allocate from torch: they can be captured."""
-    _, layer = pair(cell, 8, 16, num_layers=2, bidirectional=True, device="cuda", dtype=dtype)
+    layer = layer_of(cell, CAPTURED, num_layers=2, device="cuda", dtype=dtype)
+    force(monkeypatch, engine, layer, CAPTURED)
     x = torch.randn(5, 3, 8, device="cuda", dtype=dtype, requires_grad=True)
     lengths = torch.tensor([5, 2, 4], device="cuda")
     leaves = {"input": x, **dict(layer.named_parameters())}
@@ -185,7 +449,7 @@ def test_capture_in_a_cuda_graph(cell, dtype):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = step()
-    for new_lengths in ([5, 2, 4], [1, 0, 5]):
+    for new_lengths in ([5, 2, 4], [1, 0, 5], [0, 5, 3]):
         with torch.no_grad():
             x.copy_(torch.randn_like(x))
             lengths.copy_(torch.tensor(new_lengths))
@@ -273,10 +537,22 @@ def test_transforms_equal_cpu(cell):
     assert_near(on_gpu, on_cpu)
 
 
-@pytest.mark.parametrize("cell", LAYERS)
-def test_compiled_with_graphs(cell):
+COMPILED = Sizes(6, 4, 5, 17)
+
+
+@pytest.mark.parametrize(
+    ("cell", "engine"),
+    [
+        ("rnn_tanh", "per_step"),
+        ("rnn_relu", "persistent_grid"),
+        ("lstm", "persistent_cluster"),
+        ("gru", "persistent_grid"),
+    ],
+)
+def test_compiled_with_graphs(cell, engine, monkeypatch):
     """``mode="reduce-overhead"``: Inductor's CUDA graphs around forward and backward."""
-    _, layer = pair(cell, 5, 17, num_layers=2, dtype=torch.float32, device="cuda")
+    layer = layer_of(cell, COMPILED, num_layers=2, device="cuda")
+    force(monkeypatch, engine, layer, COMPILED)
     compiled = torch.compile(layer, mode="reduce-overhead", fullgraph=True)
     for _ in range(4):  # warm-up, capture, replays
         x = torch.randn(6, 4, 5, device="cuda")

@@ -13,12 +13,15 @@ import types
 from pathlib import Path
 
 import pytest
+import test_cuda
 import torch
 from fused_rnn.bench import __main__ as command
-from fused_rnn.bench import gpu, layers, results, rivals, timing
+from fused_rnn.bench import doctor, gpu, layers, machine, results, rivals, timing
 from fused_rnn.bench.attention import AttentionShape
 from fused_rnn.bench.shapes import CELLS, MODES, Shape
 from torch import Tensor, nn
+
+import fused_rnn
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPE = Shape(4, 3, 5, 6)
@@ -35,8 +38,20 @@ def read(path: Path) -> dict:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="a shell script")
-def test_dry_run_leaves_every_file(tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHON": sys.executable}
+def test_dry_run_leaves_every_file(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tools = tmp_path_factory.mktemp("tools")
+    (tools / "nvidia-smi").write_text(
+        "#!/bin/sh\ncase $* in *compute_cap*) printf '9.0\\n8.0\\n' ;; *) exit 1 ;; esac\n"
+    )
+    (tools / "nvcc").write_text("#!/bin/sh\necho '--split-compile <number>'\n")
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    monkeypatch.delenv("NVCC_APPEND_FLAGS", raising=False)
+    path = f"{tools}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PYTHON": sys.executable, "PATH": path}
     script = ["bash", str(ROOT / "bench" / "gpu_check.sh"), str(tmp_path), "--dry-run"]
     run = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stdout + run.stderr
@@ -47,20 +62,27 @@ def test_dry_run_leaves_every_file(tmp_path: Path) -> None:
     machine = read(tmp_path / "machine.json")
     assert machine["torch"] == torch.__version__
     assert machine["commit"]
+    # The build is for the first GPU alone, on all cores.
+    chosen = machine["environment"]
+    assert chosen["TORCH_CUDA_ARCH_LIST"] == "9.0a"
+    assert chosen["NVCC_APPEND_FLAGS"] == "--split-compile=0"
+    assert int(chosen["MAX_JOBS"]) > 0
     stages = {stage["name"]: stage for stage in read(tmp_path / "stages.json")}
     assert list(stages) == [
-        "facts", "build", "import", "tests", "memcheck", "racecheck", "synccheck", "initcheck",
-        "determinism", "graphs", "sweep",
+        "facts", "build", "import", "tests", *SANITIZERS, "determinism", "graphs", "sweep",
     ]  # fmt: skip
     for name in ("facts", "tests", "sweep"):
         assert stages[name]["rc"] == 0, name
-    for name in ("memcheck", "determinism", "graphs"):
+    for name in (*SANITIZERS, "determinism", "graphs"):
         assert stages[name]["not_run"], name
 
     sweep = read(tmp_path / "sweep.json")
     every, subset = gpu.plan()
     assert sweep["planned"] == subset
-    assert [row["key"] for row in sweep["rows"]] == [case.key for case in every[:subset]]
+    left_out = [each["key"] for each in sweep["left_out"]]
+    assert left_out == LEFT_OUT
+    planned_keys = [case.key for case in every[:subset] if case.key not in left_out]
+    assert [row["key"] for row in sweep["rows"]] == planned_keys
     assert all(row["passed"] and row["ratio"] > 0 for row in sweep["rows"])
     assert sweep["running"] is None
     assert sweep["fault"] is None
@@ -72,19 +94,25 @@ def test_dry_run_leaves_every_file(tmp_path: Path) -> None:
     assert ratios == sorted(ratios, reverse=True)
 
     planned = run.stdout.partition("\n\n")[0].splitlines()
-    assert f"{subset} rows" in planned[11]
+    count = len(stages)
+    assert f"{subset} rows" in planned[count]
     limits = {
-        line.split()[0]: int(line.partition("at most")[2].split()[0]) for line in planned[:11]
+        line.split()[0]: int(line.partition("at most")[2].split()[0]) for line in planned[:count]
     }
     assert list(limits) == list(stages)
     # Those that run together count once; the sweep's limit is what the others surely leave to it.
-    for together in (
-        {"memcheck", "racecheck", "synccheck", "initcheck"},
-        {"determinism", "graphs"},
-    ):
+    for together in (SANITIZERS, ["determinism", "graphs"]):
         limits["+".join(sorted(together))] = max(limits.pop(name) for name in together)
     source = (ROOT / "bench" / "gpu_check.sh").read_text()
     assert sum(limits.values()) <= int(source.partition("\nbudget=")[2].split()[0]) <= 570
+
+
+TOOLS = ("memcheck", "racecheck", "synccheck")
+SANITIZERS = [f"{tool}-{engine}" for engine in ("cluster", "grid") for tool in TOOLS]
+SANITIZERS += [*TOOLS, "initcheck"]
+
+# Rows of the subset that an H100 cannot take, by its plan.
+LEFT_OUT = [f"LSTM {mode} bf16 1024,16,768,768 on persistent_cluster" for mode in MODES]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="a shell script")
@@ -131,7 +159,7 @@ def test_killed_sweep_leaves_its_rows_and_goes_on(tmp_path: Path) -> None:
     found = read(path)
     keys = [row["key"] for row in found["rows"]]
     every, subset = gpu.plan()
-    assert sorted(keys) == sorted(case.key for case in every[:subset])
+    assert sorted([*keys, *LEFT_OUT]) == sorted(case.key for case in every[:subset])
     assert keys[: len(left["rows"])] == [row["key"] for row in left["rows"]]
     lost = [row["key"] for row in found["rows"] if row["problem"] is not None]
     assert lost == [left["running"]]
@@ -164,10 +192,16 @@ def test_subset_comes_first_and_covers_everything() -> None:
             assert {case.mode for case in kind} == set(MODES)
             assert {case.dtype for case in kind} == set(gpu.PRECISIONS)
     assert {case.shape for case in every[:4]} == {gpu.JUDGED}
-    # The whole of GPU.md's grid, the judged shape, stacked, ragged, attention.
-    assert len(every) == 24 * 30 + 8 + 24 + 24 + 16
+    # The judged shape on each of our engines.
+    on_each = {(mode, name) for mode in MODES for name in machine.CUDA_ENGINES}
+    assert {(case.mode, case.engine) for case in every[4:10]} == on_each
+    assert {(case.dtype, case.shape) for case in every[4:10]} == {("bf16", gpu.JUDGED)}
+    # The whole of the grid, the judged shape, that on each engine, stacked, ragged, attention.
+    assert len(every) == 24 * 30 + 8 + 24 + 24 + 24 + 16
     # The next rows after the judged ones already have every cell, dtype and mode.
-    assert {(c.cell, c.mode, c.dtype) for c in every[4:28]} == choices
+    assert {(c.cell, c.mode, c.dtype) for c in every[10:34]} == choices
+    # It has four minutes on a GPU.
+    assert sum(case.expected_s for case in every[:subset]) < 220
 
 
 def test_a_library_that_compiles_has_rows_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -373,15 +407,154 @@ class Event(Stand):
         return 8.0  # milliseconds
 
 
-def test_engine_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, input = nn.GRU(2, 3), torch.zeros(1, 1, 2)
-    assert gpu.engine(layer, input) == "cpu"
-    assert gpu.engine(layer, input.to("meta")) == "per_step"
-    explain = lambda layer, input: "persistent_cluster\nbecause it fits"  # noqa: E731
-    monkeypatch.setattr(gpu.fused_rnn, "explain", explain, raising=False)
-    assert gpu.engine(layer, input) == "persistent_cluster"
+def test_a_row_has_its_engine_and_what_the_plan_predicts(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = gpu.fused_rnn.explain
+    layer = fused_rnn.LSTM(2, 512, 2, device="meta", dtype=torch.bfloat16)
+    input = torch.empty(64, 16, 2, device="meta", dtype=torch.bfloat16)
+    on_h100 = lambda layer, input: asked(layer, input, chip="H100")  # noqa: E731
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu.fused_rnn, "explain", on_h100)
+        found = gpu.engine(layer, input, "training")
+        forward = gpu.engine(layer, input, "forward")
+    assert found["engine"] == forward["engine"] == "persistent_cluster"
+    assert set(found["predicted"]) == {"forward", "backward"}
+    assert set(forward["predicted"]) == {"forward"}
+    for of_pass in found["predicted"].values():
+        assert set(of_pass) == set(machine.CUDA_ENGINES)
+        assert of_pass["persistent_cluster"] == min(of_pass.values())
+    per_layer = sum(of_pass["persistent_cluster"] for of_pass in found["predicted"].values())
+    assert found["predicted_us"] == pytest.approx(2 * per_layer)
+
+    def two_engines(layer: nn.Module, input: Tensor) -> types.SimpleNamespace:
+        candidate = types.SimpleNamespace(us_per_step=1.0, possible=True)
+        passes = {"forward": "persistent_grid", "backward": "per_step"}
+        return types.SimpleNamespace(
+            choices=[
+                types.SimpleNamespace(
+                    layer=0, phase=phase, engine=name,
+                    candidates=[types.SimpleNamespace(**vars(candidate), engine=name)],
+                )
+                for phase, name in passes.items()
+            ]
+        )  # fmt: skip
+
+    monkeypatch.setattr(gpu.fused_rnn, "explain", two_engines)
+    assert gpu.engine(layer, input, "training")["engine"] == "persistent_grid+per_step"
+    assert gpu.engine(layer, input, "forward")["engine"] == "persistent_grid"
     monkeypatch.setattr(gpu.fused_rnn, "explain", lambda layer: "")
-    assert gpu.engine(layer, input) == "(TypeError)"
+    assert gpu.engine(layer, input, "forward") == {"engine": "(TypeError)"}
+    monkeypatch.undo()
+
+    case = gpu.Case("LSTM", "forward", "bf16", SHAPE)
+    row = gpu.measure(case, SHAPE, CPU, gpu.DRY_EFFORT)
+    assert (row["engine"], row["forced"], row["predicted_us"]) == ("cpu", None, None)
+    assert row["predicted"] == {"forward": {"cpu": None}}
+    assert "(plan" not in results.row_line(row)
+    row |= {"engine": "persistent_grid", "us": 1.5, "predicted_us": 1.25}
+    assert "persistent_grid 1.50 us/step (plan 1.25), torch.nn" in results.row_line(row)
+
+
+def test_one_engine_is_forced_and_what_it_cannot_take_left_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    every, _ = gpu.plan()
+    cases = gpu.on_engine(every, "persistent_cluster")
+    assert all(case.engine == "persistent_cluster" for case in cases)
+    assert not any(case.cell == "attention" for case in cases)
+    assert len({case.key for case in cases}) == len(cases)
+    small, large = (Shape(256, 16, H, H) for H in (256, 1024))
+    wanted = [
+        gpu.Case("GRU", mode, "fp32", shape, engine="persistent_cluster")
+        for shape in (small, large)
+        for mode in MODES
+    ]
+    assert set(wanted) <= set(cases)
+
+    # Whatever is forced already is asked neither here nor there.
+    monkeypatch.setenv(machine.VARIABLE, "persistent_grid")
+    seen = []
+    layer = gpu._layer
+
+    def watched(*arguments: object) -> dict:
+        seen.append(os.environ[machine.VARIABLE])
+        return layer(*arguments)
+
+    monkeypatch.setattr(gpu, "_layer", watched)
+    assert gpu.sweep(wanted, CPU, tmp_path / "sweep.json") == 0
+    assert os.environ[machine.VARIABLE] == "persistent_grid"
+    assert seen == ["persistent_cluster"] * 2
+    document = read(tmp_path / "sweep.json")
+    assert [row["key"] for row in document["rows"]] == [case.key for case in wanted[:2]]
+    assert [row["forced"] for row in document["rows"]] == ["persistent_cluster"] * 2
+    assert [each["key"] for each in document["left_out"]] == [case.key for case in wanted[2:]]
+    assert "cannot take it forward: the recurrent matrix" in document["left_out"][0]["why"]
+    assert document["running"] is None
+    assert "sweep: 2 of 4 rows, 2 left out" in "\n".join(results.summary(tmp_path))
+    row = document["rows"][0]
+    assert "forced" in results.row_line(row)
+    of_plan = row | {"forced": None, "ratio": 2.0}
+    first, second = results.means([row | {"ratio": 3.0}, of_plan])
+    assert first.startswith("GRU forward fp32 ")
+    assert first.endswith("mean x2.00, least x2.00, 1 rows")
+    assert second.startswith("GRU forward fp32 persistent_cluster mean x3.00")
+
+
+def test_engine_option(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["gpu", "--plan", "--engine", "persistent_grid"]) == 0
+    assert "sweep, subset: 158 rows" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        command.main(["gpu", "--plan", "--engine", "cpu"])
+
+
+def test_doctor_tells_what_the_plan_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert set(machine.engines()) == {"cpu", *machine.CUDA_ENGINES}
+    if not torch.cuda.is_available():
+        assert machine.cuda_plans() == []
+    monkeypatch.setenv(machine.VARIABLE, "persistent_cluster")
+    (plan,) = machine.cuda_plans(["H100"])
+    assert os.environ[machine.VARIABLE] == "persistent_cluster"
+    json.dumps(plan)
+    assert (plan["capability"], plan["multiprocessors"]) == (90, 132)
+    for phase in ("forward", "backward"):
+        able = plan["largest_hidden"][phase]
+        assert 0 < able["persistent_cluster"] < able["persistent_grid"] < machine.LARGEST
+    text = "\n".join(value for _, value in doctor.plan_lines(plan))
+    assert "compute capability 9.0, 132 multiprocessors, 227 KB" in text
+    assert "teams of 16 blocks" in text
+    (plan,) = machine.cuda_plans(["A100"])
+    text = "\n".join(value for _, value in doctor.plan_lines(plan))
+    assert "persistent_cluster none/none" in text
+    assert "persistent_cluster no: clusters need compute capability 9.0" in text
+    facts = machine.facts() | {"cuda_plans": [plan]}
+    assert any(name == "plan for A100" for name, _ in doctor._lines(facts))
+    assert any(machine.VARIABLE in line for line in machine.advice(facts))
+
+
+def forced_on_gpu() -> list[tuple[str, str, str, test_cuda.Sizes]]:
+    """Engine, cell, precision and sizes of what tests/test_cuda.py forces."""
+    found = [(engine, *each) for engine, cases in test_cuda.LARGER.items() for each in cases]
+    for sizes in (test_cuda.EVERY_CELL, test_cuda.CAPTURED, test_cuda.COMPILED, test_cuda.SMALL):
+        every = itertools.product(test_cuda.ENGINES, test_cuda.CELLS, test_cuda.PRECISIONS)
+        found += [(*each, sizes) for each in every]
+    for sizes in test_cuda.AGAIN:
+        every = itertools.product(test_cuda.PERSISTENT, test_cuda.CELLS, test_cuda.PRECISIONS)
+        found += [(*each, sizes) for each in every]
+    for engine, several in test_cuda.SIDE_BY_SIDE.items():
+        found += [(engine, "lstm", "bfloat16", sizes) for sizes in several]
+    return found
+
+
+@pytest.mark.parametrize("chip", ["H100", "H200"])
+def test_no_test_on_a_gpu_is_skipped_for_its_size(chip: str) -> None:
+    """Where an engine refuses a test's sizes the test skips itself: not on these, by the plan."""
+    for engine, cell, precision, sizes in forced_on_gpu():
+        dtype, tf32 = test_cuda.PRECISIONS[precision]
+        layer = test_cuda.layer_of(cell, sizes, dtype=dtype, device="meta")
+        with gpu.products_as(gpu.Precision(dtype, tf32)):
+            choices = fused_rnn.explain(layer, sizes[:3], chip=chip).choices
+        for choice in choices:
+            able = {each.engine for each in choice.candidates if each.possible}
+            assert engine in able, (engine, cell, precision, sizes, choice.phase)
 
 
 @pytest.mark.parametrize("name", gpu.PRECISIONS)
@@ -610,7 +783,7 @@ def test_sweep_needs_no_rich(tmp_path: Path) -> None:
 
 def test_plan_is_printed_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["gpu", "--plan"]) == 0
-    assert "sweep, subset: 162 rows" in capsys.readouterr().out
+    assert "sweep, subset: 168 rows" in capsys.readouterr().out
     if not torch.cuda.is_available():
         with pytest.raises(SystemExit, match="no CUDA device"):
             command.main(["gpu"])

@@ -4,6 +4,7 @@
 //   FUSED_RNN_F16C           if it has the half-precision conversions
 //   FUSED_RNN_BFLOAT16       if it multiplies pairs of bfloat16, and
 //   FUSED_RNN_ELSE           then the set that has all the rest
+//   FUSED_RNN_DUALS          for layers of duals alone, which take as long to compile as all other types
 // and has set the compiler's target. Standard headers come first, in prelude.h, and what instantiates
 // their templates lives in plan.cpp: the linker keeps one copy of an inline function, and it must not
 // be one that other machines cannot run.
@@ -29,6 +30,9 @@ cpu::DropoutFn dropout_function(DType dtype);
 #endif
 
 namespace FUSED_RNN_ISA {
+cpu::ForwardFn dual_forward_function(cpu::CellId cell, DType dtype);
+cpu::BackwardFn dual_backward_function(cpu::CellId cell, DType dtype);
+
 using cpu::AttentionBackwardFn;
 using cpu::AttentionForwardFn;
 using cpu::BackwardFn;
@@ -74,6 +78,16 @@ BackwardFn backward_of(CellId cell) {
   static constexpr BackwardFn table[][2] = {FUSED_RNN_FOR_EACH_CELL(FUSED_RNN_BACKWARD)};
   return table[cell.index][cell.varied];
 }
+
+#if defined(FUSED_RNN_DUALS)
+ForwardFn dual_forward_function(CellId cell, DType dtype) {
+  return dtype == DType::dual32 ? forward_of<Dual<float> >(cell) : forward_of<Dual<double> >(cell);
+}
+BackwardFn dual_backward_function(CellId cell, DType dtype) {
+  return dtype == DType::dual32 ? backward_of<Dual<float> >(cell)
+                                : backward_of<Dual<double> >(cell);
+}
+#else
 double multiply_add_function(int64_t rounds) { return multiply_adds(rounds); }
 
 #ifdef FUSED_RNN_ELSE
@@ -118,19 +132,21 @@ void attention_backward(const AttentionBackwardParams& p, const Host& host) {
   AttentionBackward<S>(p, host).run();
 }
 
-// In the order of DType. Layers take duals as well.
-#define FUSED_RNN_BY_DTYPE(function, ...) \
-  {function<float>, function<double>, function<BFloat16>, function<Half>, ##__VA_ARGS__}
-#define FUSED_RNN_BY_ANY_DTYPE(function) \
-  FUSED_RNN_BY_DTYPE(function, function<Dual<float> >, function<Dual<double> >)
+// In the order of DType. Layers take duals as well, from a translation unit of their own.
+#define FUSED_RNN_BY_DTYPE(function) \
+  {function<float>, function<double>, function<BFloat16>, function<Half>}
+
+bool carries_duals(DType dtype) { return dtype == DType::dual32 || dtype == DType::dual64; }
 
 ForwardFn forward_function(CellId cell, DType dtype) {
-  static constexpr ForwardFn (*table[])(CellId) = FUSED_RNN_BY_ANY_DTYPE(forward_of);
-  return table[static_cast<int>(dtype)](cell);
+  static constexpr ForwardFn (*table[])(CellId) = FUSED_RNN_BY_DTYPE(forward_of);
+  return carries_duals(dtype) ? dual_forward_function(cell, dtype)
+                              : table[static_cast<int>(dtype)](cell);
 }
 BackwardFn backward_function(CellId cell, DType dtype) {
-  static constexpr BackwardFn (*table[])(CellId) = FUSED_RNN_BY_ANY_DTYPE(backward_of);
-  return table[static_cast<int>(dtype)](cell);
+  static constexpr BackwardFn (*table[])(CellId) = FUSED_RNN_BY_DTYPE(backward_of);
+  return carries_duals(dtype) ? dual_backward_function(cell, dtype)
+                              : table[static_cast<int>(dtype)](cell);
 }
 AttentionForwardFn attention_forward_function(DType dtype) {
   static constexpr AttentionForwardFn table[] = FUSED_RNN_BY_DTYPE(attention_forward);
@@ -144,6 +160,7 @@ DropoutFn dropout_function(DType dtype) {
   static constexpr DropoutFn table[] = FUSED_RNN_BY_DTYPE(dropout);
   return table[static_cast<int>(dtype)];
 }
+#endif
 #endif
 
 }  // namespace FUSED_RNN_ISA
