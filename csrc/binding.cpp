@@ -31,6 +31,7 @@
 #if defined(FUSED_RNN_CUDA) || defined(FUSED_RNN_CUDA_ON_CPU)
 #define FUSED_RNN_PER_STEP
 #include "cuda/dropout.h"
+#include "cuda/launch.h"
 #include "cuda/per_step.h"
 #include "cuda/persistent.h"
 #endif
@@ -437,14 +438,15 @@ constexpr bool is_backward(const RecurrenceBackwardParams&) { return true; }
 template <class Params>
 void run_engine(cuda::CellId cell, const Params& p, const cuda::Layout& layout,
                 const cuda::Host& host) {
-  switch (layout.engine) {
-    case cuda::Engine::per_step:
-      return cuda::run_per_step(cell, p, host);
-    case cuda::Engine::persistent_cluster:
+  try {
+    if (layout.engine == cuda::Engine::persistent_cluster)
       return cuda::run_persistent_cluster(cell, p, layout, host);
-    case cuda::Engine::persistent_grid:
+    if (layout.engine == cuda::Engine::persistent_grid)
       return cuda::run_persistent_grid(cell, p, layout, host);
+  } catch (const cuda::LaunchRefused&) {
+    // Others hold a part of the GPU (MPS, a partition); nothing has run.
   }
+  cuda::run_per_step(cell, p, host);
 }
 
 template <class Params>

@@ -200,6 +200,23 @@ def test_what_an_engine_cannot_take_is_said(engine, chip, monkeypatch):
         run(5)
 
 
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_where_a_launch_is_refused_per_step_serves(cell, library, engine, chip, monkeypatch):
+    """Blocks that have to run at once may find no room: MPS, a partition."""
+    chip(clusters=[0, 4, 2, 0, 0])
+    case = make_case(cell, 3, 2, 20, 1, 0, True, False, False, torch.float32)
+    library.cuda_on_cpu_refuse_to_gather(1)
+    try:
+        found = results(case, run_per_step)
+    finally:
+        library.cuda_on_cpu_refuse_to_gather(0)
+    differs = results(case, run_per_step)
+    monkeypatch.setenv("FUSED_RNN_CUDA_ENGINE", "per_step")
+    expected = results(case, run_per_step)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(differs, expected, strict=True))
+
+
 # What stands in the sources, what stands there when {planted}, and what is then said.
 FAULTS = {
     "persistent_cluster": [

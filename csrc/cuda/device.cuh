@@ -28,6 +28,7 @@ constexpr unsigned warp_size = 32;
 #include <type_traits>
 
 #include "../dtype.h"
+#include "launch.h"
 
 #define KERNEL __global__
 // Of blocks of so many threads, which may take all registers.
@@ -579,7 +580,13 @@ void launch(void (*kernel)(Parameters...), const Grid& grid, Stream stream,
     attribute.id = cudaLaunchAttributeCooperative;
     attribute.val.cooperative = 1;
   }
-  check(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), "kernel launch");
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
+  if (error == cudaErrorCooperativeLaunchTooLarge || error == cudaErrorInvalidClusterSize ||
+      error == cudaErrorLaunchOutOfResources) {
+    cudaGetLastError();
+    throw LaunchRefused(cudaGetErrorString(error));
+  }
+  check(error, "kernel launch");
 }
 
 inline void set_zero(void* data, size_t bytes, Stream stream) {

@@ -9,6 +9,7 @@
 #include <tuple>
 #include <type_traits>
 
+#include "../../csrc/cuda/launch.h"
 #include "../../csrc/dtype.h"
 #include "runner.h"
 
@@ -289,6 +290,8 @@ struct Grid {
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), const Grid& grid, Stream,
             const Arguments&... arguments) {
+  if ((grid.cooperative || grid.cluster > 1) && runner::refuses_to_gather())
+    throw LaunchRefused("refused for a test");
   using Packed = std::tuple<void (*)(Parameters...), std::tuple<Parameters...>>;
   Packed packed{kernel, std::tuple<Parameters...>(arguments...)};
   const runner::GridSize size{{grid.blocks.x, grid.blocks.y, grid.blocks.z},

@@ -1126,10 +1126,14 @@ void store_async(void* to, const void* value, size_t bytes, void* barrier, Site 
 }
 void fence_async() { running->fence_async(); }
 
+bool refusing = false;
+bool refuses_to_gather() { return refusing; }
+
 }  // namespace fused_rnn::cuda_on_cpu
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
+EXPORT void cuda_on_cpu_refuse_to_gather(int refuse) { fused_rnn::cuda_on_cpu::refusing = refuse; }
 EXPORT void cuda_on_cpu_seed(uint64_t seed) { fused_rnn::cuda_on_cpu::schedule = {seed, 0, 0}; }
 EXPORT uint64_t cuda_on_cpu_schedule() { return fused_rnn::cuda_on_cpu::schedule.digest; }
 

@@ -53,6 +53,9 @@ struct GridSize {
 void launch(const GridSize& grid, void (*body)(void*), void* context, const void* kernel,
             const void* arguments, size_t argument_bytes);
 
+// Whether launches whose blocks have to run at once are to be refused: cuda_on_cpu_refuse_to_gather.
+bool refuses_to_gather();
+
 // Adds memory that kernels may touch until forget().
 void declare(const Buffer& buffer);
 void forget();
@@ -125,5 +128,6 @@ void fence_async();
 
 // The schedule that launches follow from now on. Two runs under one seed are the same.
 extern "C" void cuda_on_cpu_seed(uint64_t seed);
+extern "C" void cuda_on_cpu_refuse_to_gather(int refuse);
 // A number that sums up which thread ran when since the seed was set.
 extern "C" uint64_t cuda_on_cpu_schedule();
