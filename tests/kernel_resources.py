@@ -28,6 +28,14 @@ UPDATE = "If this is deliberate: python tests/kernel_resources.py --update"
 # What types are called in kernel names; c is for coupled, p for peephole, rb for reset before, and
 # + for Varied.
 TYPES = {
+    "MmaProduct<float>": "tf32",
+    "MmaProduct<BFloat16>": "bf16",
+    "MmaProduct<Half>": "fp16",
+    "ExactProduct": "fp32",
+    "ClusterStates": "cluster",
+    "ClusterSums": "cluster",
+    "GridStates": "grid",
+    "GridSums": "grid",
     "double": "fp64",
     "float": "fp32",
     "BFloat16": "bf16",
