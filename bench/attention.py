@@ -99,7 +99,7 @@ def measure(
                 check = timing.check(both, RELATIVE_ERROR)
                 time = timing.interleave(both, budget_s) if check.passed else None
                 peaks = timing.peak_bytes(both.ours, device), timing.peak_bytes(both.peer, device)
-                yield Row(name, mode, shape, str(device), "float32", check, time, peaks)
+                yield Row(name, mode, shape, str(device), "float32", check, time, peaks, peer=name)
 
 
 def _forward(call: Call, tensors: Sequence[Tensor], grad: Tensor) -> timing.Run:

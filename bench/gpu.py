@@ -99,6 +99,7 @@ BATCH = (1, 16, 64, 128, 256)
 JUDGED = Shape(1024, 16, 768, 768)  # FlashRNN's published shape, LSTM
 STACKED = Shape(256, 64, 512, 512)  # two layers, bidirectional
 RAGGED = Shape(256, 64, 512, 512)
+DEEP = Shape(1024, 16, 512, 512)  # four layers, which have room beside each other
 
 
 def plan(libraries: Sequence[rivals.Library] = ()) -> tuple[list[Case], int]:
@@ -120,6 +121,7 @@ def plan(libraries: Sequence[rivals.Library] = ()) -> tuple[list[Case], int]:
     ]
     stacked = [Case(*choice, STACKED, 2, True) for choice in choices]
     ragged = [Case(*choice, RAGGED, ragged=True) for choice in choices]
+    deep = [Case("LSTM", mode, dtype, DEEP, 4) for dtype in PRECISIONS for mode in MODES]
     attentions = [
         Case("attention", mode, dtype, shape)
         for shape in attention.SHAPES
@@ -134,6 +136,7 @@ def plan(libraries: Sequence[rivals.Library] = ()) -> tuple[list[Case], int]:
         *(case for case in on_each if case.dtype == "bf16"),
         *spread[:once],
         *stacked[::5],
+        *(case for case in deep if case.dtype == "bf16"),
         *ragged[1::5],
         *attentions[::5],
         *spread[once:],
@@ -145,7 +148,7 @@ def plan(libraries: Sequence[rivals.Library] = ()) -> tuple[list[Case], int]:
         for mode in MODES
     ]
     grid = [Case(*choice, Shape(256, B, H, H)) for H in HIDDEN for B in BATCH for choice in choices]
-    every = [*subset, *compiled, *judged, *on_each, *stacked, *ragged, *grid, *attentions]
+    every = [*subset, *compiled, *judged, *on_each, *stacked, *deep, *ragged, *grid, *attentions]
     return list(dict.fromkeys(every)), len(subset)
 
 
@@ -207,11 +210,17 @@ def engine(layer: Any, input: Tensor, mode: str) -> dict[str, Any]:
     """
     phases = PHASES[mode]
     try:
-        choices = fused_rnn.explain(layer, input).choices
+        with torch.set_grad_enabled(mode == "training"):
+            explanation = fused_rnn.explain(layer, input)
     except Exception as failure:  # a name in a table is not worth its row
         return {"engine": f"({type(failure).__name__})"}
-    taken = [choice for choice in choices if choice.phase in phases]
+    taken = [choice for choice in explanation.choices if choice.phase in phases]
     times = [choice.candidates[0].us_per_step for choice in taken]
+    known = [time for time in times if time is not None]
+    predicted_us = sum(known) if len(known) == len(times) else None
+    wavefront, parts = explanation.wavefront, 1
+    if wavefront is not None and wavefront.parts > 1:
+        predicted_us, parts = wavefront.microseconds / input.shape[0], wavefront.parts
     of_first_layer = {
         choice.phase: {each.engine: each.us_per_step for each in choice.candidates if each.possible}
         for choice in taken
@@ -219,8 +228,9 @@ def engine(layer: Any, input: Tensor, mode: str) -> dict[str, Any]:
     }
     return {
         "engine": "+".join(dict.fromkeys(choice.engine for choice in taken)),
-        "predicted_us": None if None in times else sum(times),
+        "predicted_us": predicted_us,
         "predicted": of_first_layer,
+        "parts": parts,
     }
 
 
@@ -257,6 +267,7 @@ def blank(case: Case, shape: Shape | AttentionShape) -> dict[str, Any]:
         "engine": None,  # of ours; forward+backward where those differ
         "predicted_us": None,  # by the plan: what it took, all layers and passes, recurrence alone
         "predicted": {},  # pass: engine that can take it: us, of one layer
+        "parts": 1,  # of time, in which layers over each other run as a wavefront
         "unit": "us/step" if isinstance(shape, Shape) else "us/call",
         "us": None,
         "graph_us": None,  # our call in a CUDA graph

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable, Iterator, Sequence
+import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 import fused_rnn
 
 from . import timing
-from .shapes import MODES, Shape
+from .shapes import Shape
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Row:
     time: timing.Timing | None
     peak_bytes: tuple[int | None, int | None] = (None, None)  # ours and the peer's, of one call
     flops: int | None = None  # in the matrix products of one call
+    peer: str = "torch.nn"
 
     @property
     def flops_per_s(self) -> float | None:
@@ -165,25 +166,6 @@ def pair(cell: str, mode: str, shape: Shape, device: torch.device) -> timing.Pai
     return problem(cell, shape, device).checked(mode)
 
 
-def measure(
-    cells: Sequence[str],
-    shapes: Sequence[Shape],
-    device: torch.device,
-    budget_s: float,
-    announce: Callable[[str], None],
-) -> Iterator[Row]:
-    """Checks and times every cell, shape and mode, ``budget_s`` seconds of timing each."""
-    for cell in cells:
-        for shape in shapes:
-            for mode in MODES:
-                announce(f"{cell} {mode} {shape}")
-                both = pair(cell, mode, shape, device)
-                check = timing.check(both)
-                time = timing.interleave(both, budget_s) if check.passed else None
-                flops = product_flops(cell, mode, shape)
-                yield Row(cell, mode, shape, str(device), "float32", check, time, flops=flops)
-
-
 GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
 
 
@@ -207,13 +189,25 @@ def product_flops(
     return forward if mode == "forward" else 3 * forward
 
 
-def geometric_means(rows: Sequence[Row]) -> dict[tuple[str, str], float]:
-    """The mean ratio of each (cell, mode) over the rows that were timed."""
-    ratios: dict[tuple[str, str], list[float]] = {}
+def least_bytes(cell: str, mode: str, shape: Shape, itemsize: int = 4) -> int:
+    """What a call of one layer has to move: each tensor that it is given or returns, once.
+
+    Forward: input, weights, biases, output, final states. Training also: their gradients.
+    """
+    T, B, I, H = shape  # noqa: E741
+    weights = GATES[cell] * H * (I + H + 2)
+    states = B * H * (2 if cell == "LSTM" else 1)
+    forward = (T * B * (I + H) + weights + states) * itemsize
+    return forward if mode == "forward" else 2 * forward
+
+
+def geometric_means(rows: Sequence[Row]) -> dict[tuple[str, str, str], float]:
+    """The mean ratio of each (cell, mode, peer) over the rows that were timed."""
+    ratios: dict[tuple[str, str, str], list[float]] = {}
     for row in rows:
         if row.time is not None:
-            ratios.setdefault((row.cell, row.mode), []).append(row.time.ratio)
-    return {key: math.exp(sum(map(math.log, each)) / len(each)) for key, each in ratios.items()}
+            ratios.setdefault((row.cell, row.mode, row.peer), []).append(row.time.ratio)
+    return {key: statistics.geometric_mean(each) for key, each in ratios.items()}
 
 
 def _flat(output: Tensor, states: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -22,6 +22,18 @@ CUDA_ENGINES = ("per_step", "persistent_cluster", "persistent_grid")
 VARIABLE = "FUSED_RNN_CUDA_ENGINE"
 
 
+class UnusableError(Exception):
+    """What was asked for cannot be done, and the user can be told why in a few lines."""
+
+
+def device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UnusableError("--device cuda: torch sees no CUDA device; see fused-rnn-bench doctor")
+    if name == "cuda" and not has_cuda_engine():
+        raise UnusableError("--device cuda: built without CUDA; see fused-rnn-bench doctor")
+    return torch.device(name)
+
+
 def facts() -> dict[str, Any]:
     """Versions, instruction sets, devices and engines, as they go into the JSON files."""
     return {
@@ -127,6 +139,18 @@ def multiply_add_flops() -> float:
             start = time.perf_counter()
             done = sum(pool.map(_C.multiply_adds, [rounds] * threads))
             best = max(best, done / (time.perf_counter() - start))
+    return best
+
+
+def copy_bytes_per_s() -> float:
+    """Bytes read and written a second by a copy that no cache holds. The best of several."""
+    source = torch.ones(64 << 20)  # 256 MB
+    target = torch.empty_like(source)
+    best = 0.0
+    for _ in range(6):  # the first one has to be given the memory
+        start = time.perf_counter()
+        target.copy_(source)
+        best = max(best, 2 * source.nbytes / (time.perf_counter() - start))
     return best
 
 

@@ -46,6 +46,8 @@ VARIANTS: dict[str, tuple[dict[str, Any], Sequence[str]]] = {
 }
 VARIANT_SHAPE = Shape(128, 16, 128, 128)
 
+DENSE, LOOP = "dense", "loop"  # the peers
+
 
 class _Drawn(Called):
     """Every call draws the same numbers, so that it can be checked."""
@@ -117,18 +119,24 @@ def measure(
                     check = timing.check(against_reference)
                     time = timing.interleave(against_dense, budget_s) if check.passed else None
                     dtype = "bfloat16" if option == "bfloat16" else "float32"
-                    yield layers.Row(f"{cell} {option}", mode, shape, "cpu", dtype, check, time)
+                    yield layers.Row(
+                        f"{cell} {option}", mode, shape, "cpu", dtype, check, time, peer=DENSE
+                    )
     for option, (_, having) in VARIANTS.items():
         for cell in (c for c in having if c in cells):
             for mode in MODES:
                 announce(f"{cell} {option} {mode} {VARIANT_SHAPE}")
                 against_loop, against_plain = _pairs(option, cell, mode, VARIANT_SHAPE)
                 check = timing.check(against_loop)
-                for name, pair in ((option, against_plain), (f"{option}, loop", against_loop)):
+                for name, peer, pair in (
+                    (option, DENSE, against_plain),
+                    (f"{option}, {LOOP}", LOOP, against_loop),
+                ):
                     time = timing.interleave(pair, budget_s) if check.passed else None
                     yield layers.Row(
-                        f"{cell} {name}", mode, VARIANT_SHAPE, "cpu", "float32", check, time
-                    )
+                        f"{cell} {name}", mode, VARIANT_SHAPE, "cpu", "float32", check, time,
+                        peer=peer,
+                    )  # fmt: skip
 
 
 def _pairs(option: str, cell: str, mode: str, shape: Shape) -> tuple[timing.Pair, timing.Pair]:

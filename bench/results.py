@@ -190,6 +190,8 @@ def row_line(row: dict[str, Any]) -> str:
     line = f"{what}  {row['engine']} {_us(row['us'])} {row['unit']}"
     if row.get("predicted_us") is not None:
         line += f" (plan {_us(row['predicted_us'])})"
+    if row.get("parts", 1) > 1:
+        line += f" in {row['parts']} parts"
     line += "".join(f", {name} {_us(time)}" for name, time in row["peers"].items())
     if row["graph_us"] is not None:
         line += f", graph {_us(row['graph_us'])}"

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fused_rnn import reference
+
 from . import timing
 from .layers import GATES, Problem
 
@@ -34,6 +36,7 @@ class Library(NamedTuple):
     dtypes: tuple[str, ...]  # names as in the sweep
     compiles: bool  # whether every shape is compiled anew, for minutes
     adapt: Callable[[str, Problem, str], Rival]  # from cell, problem, mode
+    devices: tuple[str, ...] = ("cuda",)
 
     def serves(self, cell: str, dtype: str) -> bool:
         return cell in self.cells and dtype in self.dtypes and installed(self.module)
@@ -115,6 +118,52 @@ LIBRARIES = (
     Library("haste_pytorch", ("LSTM", "GRU"), ("fp32",), False, haste),
     Library("flashrnn", ("LSTM", "GRU", "RNN"), ("bf16", "fp16"), True, flashrnn),
 )
+
+
+def compiled_loop(cell: str, problem: Problem, mode: str) -> Rival:
+    """torch.compile of the plain loop over timesteps, which it unrolls: minutes for long ones."""
+    torch.compiler.reset()  # or the compiler gives up after so many shapes
+    name = {"RNN": "rnn_tanh"}.get(cell, cell.lower())
+    leaves = [
+        each.detach().clone().requires_grad_(mode == "training")
+        for each in (problem.inputs[0], *problem.peer.parameters())
+    ]
+    input, *weights = leaves
+
+    @torch.compile(dynamic=False, fullgraph=True)
+    def loop(input: Tensor, weights: list[Tensor]) -> Tensor:
+        start = input.new_zeros(input.shape[1], weights[1].shape[1])
+        cx = start if cell == "LSTM" else None
+        weight_ih, weight_hh, bias_ih, bias_hh = weights
+        its = reference.Weights(weight_ih, weight_hh, bias_ih, bias_hh, None)
+        return reference.direction(name, input, start, cx, its)[0]
+
+    return Rival(
+        "torch.compile", True, _run(lambda: loop(input, weights), leaves, problem.grads[0], mode)
+    )
+
+
+def torchrl(cell: str, problem: Problem, mode: str) -> Rival:
+    """pytorch/rl: loops in Python, torch.nn's parameters."""
+    module: Any = importlib.import_module("torchrl.modules.tensordict_module.rnn")
+    weight_ih, weight_hh, *_ = problem.peer.parameters()
+    layer: nn.Module = getattr(module, cell)(
+        weight_ih.shape[1], weight_hh.shape[1], batch_first=False
+    ).to(problem.device)
+    layer.load_state_dict(problem.peer.state_dict())
+    input = problem.inputs[0].clone().requires_grad_(mode == "training")
+    leaves = [input, *layer.parameters()]
+    return Rival("torchrl", True, _run(lambda: layer(input)[0], leaves, problem.grads[0], mode))
+
+
+# Beside torch.nn in float32, by the name of their rows; what is in LIBRARIES too needs CUDA.
+PEERS = {
+    "torch.compile": Library(
+        "torch", ("LSTM", "GRU", "RNN"), ("fp32",), True, compiled_loop, ("cpu", "cuda")
+    ),
+    "torchrl": Library("torchrl", ("LSTM", "GRU"), ("fp32",), False, torchrl, ("cpu", "cuda")),
+    "haste": LIBRARIES[0],
+}
 
 
 def rivals(

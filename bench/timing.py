@@ -11,7 +11,7 @@ import ctypes
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -97,6 +97,8 @@ class Timing:
     ratio_high: float
     rounds: int
     calls: int  # of our side in each round
+    ours_quartiles_s: tuple[float, float]
+    peer_quartiles_s: tuple[float, float]
 
 
 def check(pair: Pair, relative: float | None = None) -> Check:
@@ -153,18 +155,8 @@ def compare(
 
 def interleave(pair: Pair, budget_s: float) -> Timing:
     """Times both sides in turns for about ``budget_s`` seconds. Check the pair first."""
-    turns = take_turns({"ours": pair.ours, "peer": pair.peer}, pair.device, Effort(budget_s))
-    ours, peer = turns.seconds["ours"], turns.seconds["peer"]
-    low, middle, high = turns.ratios("peer", "ours")
-    return Timing(
-        statistics.median(ours),
-        statistics.median(peer),
-        middle,
-        low,
-        high,
-        len(ours),
-        turns.calls["ours"],
-    )
+    runs = {"ours": pair.ours, "peer": pair.peer}
+    return take_turns(runs, pair.device, Effort(budget_s)).against("peer")
 
 
 @dataclass(frozen=True)
@@ -180,10 +172,29 @@ class Turns:
     def ratios(self, name: str, over: str) -> tuple[float, float, float]:
         """Quartiles over the rounds of one contestant's time over another's."""
         rounds = zip(self.seconds[name], self.seconds[over], strict=True)
-        low, middle, high = statistics.quantiles(
-            (a / b for a, b in rounds), n=4, method="inclusive"
+        return _quartiles(a / b for a, b in rounds)
+
+    def against(self, peer: str) -> Timing:
+        """Of the contestant "ours" and another one."""
+        ours_low, ours, ours_high = _quartiles(self.seconds["ours"])
+        peer_low, theirs, peer_high = _quartiles(self.seconds[peer])
+        low, middle, high = self.ratios(peer, "ours")
+        return Timing(
+            ours_s=ours,
+            peer_s=theirs,
+            ratio=middle,
+            ratio_low=low,
+            ratio_high=high,
+            rounds=len(self.seconds["ours"]),
+            calls=self.calls["ours"],
+            ours_quartiles_s=(ours_low, ours_high),
+            peer_quartiles_s=(peer_low, peer_high),
         )
-        return low, middle, high
+
+
+def _quartiles(values: Iterable[float]) -> tuple[float, float, float]:
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
 
 
 def take_turns(

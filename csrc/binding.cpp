@@ -1677,9 +1677,9 @@ py::dict cuda_chips() {
   return chips;
 }
 
-py::list cuda_plan(const std::string& cell, const std::string& dtype, int64_t T, int64_t B,
-                   int64_t L, int64_t H, bool projected, bool varied, bool tf32, bool backward,
-                   const std::optional<std::string>& chip) {
+cuda::Task cuda_task_named(const std::string& cell, const std::string& dtype, int64_t T, int64_t B,
+                           int64_t L, int64_t H, bool projected, bool varied, bool tf32,
+                           bool backward) {
   Shape p{};
   p.dtype = dtype_named(dtype);
   p.T = T;
@@ -1687,7 +1687,14 @@ py::list cuda_plan(const std::string& cell, const std::string& dtype, int64_t T,
   p.L = L;
   p.H = H;
   p.projected = projected;
-  const cuda::Task task = cuda_task(traits(cell), varied, tf32, backward, p);
+  return cuda_task(traits(cell), varied, tf32, backward, p);
+}
+
+py::list cuda_plan(const std::string& cell, const std::string& dtype, int64_t T, int64_t B,
+                   int64_t L, int64_t H, bool projected, bool varied, bool tf32, bool backward,
+                   const std::optional<std::string>& chip) {
+  const cuda::Task task =
+      cuda_task_named(cell, dtype, T, B, L, H, projected, varied, tf32, backward);
   py::list plan;
   for (const auto& each : cuda::candidates(task, chip_named(chip), forced_cuda_engine())) {
     py::dict candidate;
@@ -1703,10 +1710,27 @@ py::list cuda_plan(const std::string& cell, const std::string& dtype, int64_t T,
   return plan;
 }
 
+py::dict cuda_wavefront(const std::string& cell, const std::string& dtype, int64_t T, int64_t B,
+                        int64_t L, int64_t H, int layers, bool projected, bool tf32, bool training,
+                        bool captured, const std::optional<std::string>& chip) {
+  const cuda::Task task = cuda_task_named(cell, dtype, T, B, L, H, projected, false, tf32, false);
+  const cuda::Wavefront found =
+      cuda::wavefront(task, layers, training, captured, chip_named(chip), forced_cuda_engine());
+  py::dict plan;
+  plan["parts"] = found.parts;
+  plan["microseconds"] = found.microseconds;
+  plan["microseconds_in_one_part"] = found.in_one_part;
+  return plan;
+}
+
 }  // namespace fused_rnn::binding
 
 // Through a macro, so that the name is expanded before torch pastes it.
+#ifdef FUSED_RNN_USER_CELLS
+#define FUSED_RNN_LIBRARY(name, library) STABLE_TORCH_LIBRARY_FRAGMENT(name, library)
+#else
 #define FUSED_RNN_LIBRARY(name, library) STABLE_TORCH_LIBRARY(name, library)
+#endif
 #define FUSED_RNN_LIBRARY_IMPL(name, key, library) STABLE_TORCH_LIBRARY_IMPL(name, key, library)
 
 FUSED_RNN_LIBRARY(FUSED_RNN_NAMESPACE, library) {
@@ -1717,9 +1741,11 @@ FUSED_RNN_LIBRARY(FUSED_RNN_NAMESPACE, library) {
     for (const char* schema : binding::recurrence_schemas)
       library.def((std::string(cell.name) + schema).c_str());
   }
+#ifndef FUSED_RNN_USER_CELLS
   library.def(binding::dropout_schema);
   library.def(binding::attention_forward_schema);
   library.def(binding::attention_backward_schema);
+#endif
 }
 
 FUSED_RNN_LIBRARY_IMPL(FUSED_RNN_NAMESPACE, CPU, library) {
@@ -1728,20 +1754,24 @@ FUSED_RNN_LIBRARY_IMPL(FUSED_RNN_NAMESPACE, CPU, library) {
 #else
   fused_rnn::binding::implement_layers(library);
 #endif
+#ifndef FUSED_RNN_USER_CELLS
   library.impl("dropout", TORCH_BOX(&fused_rnn::binding::dropout));
   library.impl("additive_attention_forward",
                TORCH_BOX(&fused_rnn::binding::additive_attention_forward));
   library.impl("additive_attention_backward",
                TORCH_BOX(&fused_rnn::binding::additive_attention_backward));
+#endif
 }
 #ifdef FUSED_RNN_CUDA
 FUSED_RNN_LIBRARY_IMPL(FUSED_RNN_NAMESPACE, CUDA, library) {
   fused_rnn::binding::implement_recurrences(library);
+#ifndef FUSED_RNN_USER_CELLS
   library.impl("dropout", TORCH_BOX(&fused_rnn::binding::dropout));
+#endif
 }
 #endif
 
-PYBIND11_MODULE(_C, module) {
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   namespace py = pybind11;
   module.def(
       "cells",
@@ -1815,4 +1845,10 @@ PYBIND11_MODULE(_C, module) {
              py::arg("chip"),
              "The engines that a recurrence could take on a chip, or on the GPU at hand if that is "
              "None: the one that is taken first. Bytes are those of a thread block.");
+  module.def(
+      "cuda_wavefront", fused_rnn::binding::cuda_wavefront, py::arg("cell"), py::arg("dtype"),
+      py::arg("T"), py::arg("B"), py::arg("L"), py::arg("H"), py::kw_only(), py::arg("layers"),
+      py::arg("projected"), py::arg("tf32"), py::arg("training"), py::arg("captured"),
+      py::arg("chip"),
+      "In how many parts of time a stack of equal layers runs, and what is predicted of it.");
 }

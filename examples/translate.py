@@ -31,10 +31,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
 import torch
 import torch.nn.functional as F
 from babel import Locale, UnknownLocaleError
+from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -45,9 +45,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 import fused_rnn
 from fused_rnn.attention import greedy_decode
-
-matplotlib.use("Agg")  # pictures go into files: no display is needed
-from matplotlib import pyplot as plt
 
 EMBEDDING = 48
 LABEL_SMOOTHING = 0.1
@@ -420,27 +417,24 @@ def drawn_for_picture(pairs: list[Pair], seed: int, count: int = 6) -> Iterator[
 
 def draw_alignments(path: Path, pairs: list[Pair], produced: list[Produced], seed: int) -> None:
     """A heat map for each name: English downwards, what was written to the right."""
-    figure, axes = plt.subplots(2, 3, figsize=(15, 10), layout="constrained")
-    for axis in axes.flat:
-        axis.set_visible(False)
-    image = None
-    for axis, i in zip(axes.flat, drawn_for_picture(pairs, seed), strict=False):
+    figure = Figure(figsize=(15, 10), layout="constrained")
+    grid = figure.subplots(2, 3)
+    for axes in grid.flat:
+        axes.set_visible(False)
+    images = []
+    for axes, i in zip(grid.flat, drawn_for_picture(pairs, seed), strict=False):
         pair, (text, weights) = pairs[i], produced[i]
-        axis.set_visible(True)
-        image = axis.imshow(weights.T.numpy(), vmin=0, vmax=1, cmap="Blues", aspect="auto")
-        written = [*text, "end"][: len(weights)]
-        axis.set_xticks(range(len(written)), [c.replace(" ", "␣") for c in written])
-        read = [f"({pair.kind})", *pair.source]
-        axis.set_yticks(range(len(read)), [c.replace(" ", "␣") for c in read])
+        axes.set_visible(True)
+        read, written = [f"({pair.kind})", *pair.source], [*text, "end"][: len(weights)]
+        fused_rnn.viz.alignment(weights, read, written, axes=axes)
         verdict = "right" if text == pair.target else f"should be {pair.target}"
-        axis.set_title(f"{pair.source} → {text}\n{verdict}", fontsize=11)
-        axis.xaxis.set_ticks_position("bottom")
+        axes.set_title(f"{pair.source} → {text}\n{verdict}", fontsize=11)
+        images += axes.images
     figure.supxlabel("character written")
     figure.supylabel("character read")
-    if image is not None:
-        figure.colorbar(image, ax=axes, label="attention weight", shrink=0.6)
+    if images:
+        figure.colorbar(images[0], ax=grid, label="attention weight", shrink=0.6)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def parse_arguments() -> tuple[argparse.Namespace, Settings]:

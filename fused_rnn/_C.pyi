@@ -24,3 +24,18 @@ def cuda_plan(
     backward: bool,
     chip: str | None,
 ) -> list[dict[str, Any]]: ...
+def cuda_wavefront(
+    cell: str,
+    dtype: str,
+    T: int,
+    B: int,
+    L: int,
+    H: int,
+    *,
+    layers: int,
+    projected: bool,
+    tf32: bool,
+    training: bool,
+    captured: bool,
+    chip: str | None,
+) -> dict[str, Any]: ...

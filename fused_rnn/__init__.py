@@ -1,12 +1,13 @@
 """Recurrent networks in PyTorch, fast for everyone: fused drop-ins for torch.nn's RNN layers."""
 
-from . import functional, onnx
+from . import functional, onnx, viz
 from .attention import Attention, AttentionDecoder
 from .convert import convert, patch
 from .explain import explain
 from .haste import from_haste
 from .keras import from_keras
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from .user_cells import load_cell
 
 __version__ = "0.1.0"
 
@@ -24,6 +25,8 @@ __all__ = [
     "from_haste",
     "from_keras",
     "functional",
+    "load_cell",
     "onnx",
     "patch",
+    "viz",
 ]

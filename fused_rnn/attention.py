@@ -25,24 +25,20 @@ Hidden = Tensor | tuple[Tensor, Tensor]  # h_n (num_layers, B, H) or, for LSTM, 
 
 
 class Attention(nn.Module):
-    r"""Attention: a context for each query, the mean of the values weighted by a score's softmax.
+    """Attention: a context for each query, the mean of the values weighted by a score's softmax.
 
-    .. math::
-        a_{ij} = \mathrm{softmax}_j\, \mathrm{score}(q_i, k_j) \qquad
-        \mathrm{context}_i = \sum_j a_{ij} v_j
+        weights_ij = softmax_j score(q_i, k_j)
+        context_i = sum_j weights_ij v_j
 
-    ==============  ===================================================  ===========================
-    ``score``       score(q, k)                                          source
-    ==============  ===================================================  ===========================
-    ``additive``    weight_score . tanh(weight_query q + weight_key k    Bahdanau et al. 2015,
-                    + bias)                                              arXiv 1409.0473, A.1.2
-    ``concat``      weight_score . tanh(weight_concat [q; k])            Luong et al. 2015,
-                                                                         arXiv 1508.04025, eq. 8
-    ``general``     q . weight_general k                                 Luong et al. 2015, eq. 8
-    ``dot``         q . k                                                Luong et al. 2015, eq. 8
-    ``scaled_dot``  q . k / sqrt(key_size)                               Vaswani et al. 2017,
-                                                                         arXiv 1706.03762, eq. 1
-    ==============  ===================================================  ===========================
+    The scores, and where they are from:
+
+    - ``additive``: weight_score . tanh(weight_query q + weight_key k + bias), Bahdanau et al. 2015,
+      arXiv 1409.0473, A.1.2
+    - ``concat``: weight_score . tanh(weight_concat [q; k]), Luong et al. 2015, arXiv 1508.04025,
+      eq. 8
+    - ``general``: q . weight_general k, Luong et al. 2015, eq. 8
+    - ``dot``: q . k, Luong et al. 2015, eq. 8
+    - ``scaled_dot``: q . k / sqrt(key_size), Vaswani et al. 2017, arXiv 1706.03762, eq. 1
 
     Args:
         query_size: features of a query.
@@ -305,16 +301,13 @@ class DecoderState(NamedTuple):
 
 
 class AttentionDecoder(nn.Module):
-    r"""A recurrent decoder that attends to a memory at every step; batch first.
+    """A recurrent decoder that attends to a memory at every step; batch first.
 
     With x_t the input of step t, M the memory, context_0 = 0:
 
-    .. math::
-        h_t &= \mathrm{RNN}([x_t; \mathrm{context}_{t-1}], h_{t-1})
-            && \text{(without input feeding } \mathrm{RNN}(x_t, h_{t-1})) \\
-        \mathrm{context}_t, a_t &= \mathrm{Attention}(h_t, M)
-            && \text{(the query is the top layer's } h_t) \\
-        \mathrm{output}_t &= \tanh(W_{out} [h_t; \mathrm{context}_t])
+        h_t = RNN([x_t; context_{t-1}], h_{t-1})       without input feeding RNN(x_t, h_{t-1})
+        context_t, weights_t = Attention(h_t, M)       the query is the top layer's h_t
+        output_t = tanh(W_out [h_t; context_t])
 
     The order h_t, then context_t, then output_t and the last line are Luong et al. 2015 (arXiv
     1508.04025, section 3 and eq. 5, no bias); that the context enters the next step is Bahdanau et
@@ -328,7 +321,7 @@ class AttentionDecoder(nn.Module):
         memory_size: features of the memory and of the context.
         cell: ``"lstm"`` or ``"gru"``.
         num_layers: recurrent layers stacked over each other; the first reads the context.
-        attention: a ``score`` of :class:`Attention`, or ``"location"``: Chorowski et al. 2015
+        attention: a ``score`` of ``Attention``, or ``"location"``: Chorowski et al. 2015
             (arXiv 1506.07503, eq. 8 and 9), additive with a term U f_t inside the tanh, where
             f_t = F * a_{t-1} is a convolution of the previous step's weights (a_0 = 0), centred,
             with zeros beyond the ends, and as torch's convolutions without turning the filter.
@@ -627,11 +620,11 @@ def coverage_loss(weights: Tensor, lengths: Tensor | None = None) -> Tensor:
     covloss_t = sum_i min(a_ti, c_ti), c_t the sum of the weights before step t (arXiv 1704.04368).
 
     Args:
-        weights: (B, T, S), as :class:`AttentionDecoder` returns them: zero beyond a memory's end.
+        weights: (B, T, S), as ``AttentionDecoder`` returns them: zero beyond a memory's end.
         lengths: (B,) integers in 0..T, the decoder steps that count in each row; None for all.
 
     Returns:
-        A scalar: the mean over each row's steps (as that paper's eq. 6; zero for a row without),
+        A scalar, the mean over each row's steps (as that paper's eq. 6; zero for a row without),
         then over rows.
 
     Raises:
@@ -744,7 +737,7 @@ def beam_search(
         length_penalty: exponent; 0 ranks by log probability alone, above favours longer ones.
 
     Returns:
-        For each of the B rows its hypotheses, best first: ``beam`` of them, or fewer where there
+        For each of the B rows its hypotheses, best first, ``beam`` of them, or fewer where there
         are no more of probability above zero. Those without eos were cut off at max_length.
 
     Raises:

@@ -340,7 +340,7 @@ class Tangent(torch.autograd.Function):
         def tangent(*given: Any) -> tuple[Tensor, ...]:
             rest = given[2 * n :]
             return jvp_of(
-                lambda *primals: tuple(_by_reference(call, primals, rest)),
+                lambda *primals: tuple(by_reference(call, primals, rest)),
                 given[:n], given[n : 2 * n],
             )  # fmt: skip
 
@@ -479,10 +479,13 @@ def _dual_forward(
 # ---- through the reference, which has derivatives of any order
 
 
-def _by_reference(
-    call: Call, primals: Sequence[Tensor], rest: Sequence[Tensor | None]
+def by_reference(
+    call: Call,
+    primals: Sequence[Tensor],
+    rest: Sequence[Tensor | None],
+    trace: list[reference.Trace] | None = None,
 ) -> list[Tensor]:
-    """What the layer returns, of input, states and weights."""
+    """What the layer returns, of input, states and weights; ``trace`` as ``reference.layer``."""
     cell, has_biases, lane_count, directions, want_cells, begin, _, varied = call
     lengths, batch_sizes, resets, seed = rest
     variation = varied or ops.PLAIN
@@ -507,7 +510,7 @@ def _by_reference(
     )  # fmt: skip
     output, h_n, c_n, cells = reference.layer(
         traits.name, x, hx, cx if traits.has_c else None, lanes, lengths, resets, directions,
-        factors, variation.layer_norm_eps,
+        factors, variation.layer_norm_eps, trace,
     )  # fmt: skip
     if exists is not None:
         output, cells = output[exists], None if cells is None else cells[exists]
@@ -536,7 +539,7 @@ def _second_by_reference(
 
     def gradient(grads: Sequence[Tensor], *primals: Tensor) -> tuple[Tensor, ...]:
         def reached_results(*primals: Tensor) -> tuple[Tensor, ...]:
-            results = _by_result(call, _by_reference(call, primals, rest))
+            results = _by_result(call, by_reference(call, primals, rest))
             return tuple(results[i] for i in reached)
 
         found: tuple[Tensor, ...] = vjp(reached_results, *primals)[1](tuple(grads))

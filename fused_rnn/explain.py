@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import _C, composed, modules, ops
+from . import _C, composed, modules, ops, stack
 
 WIDTH = 80  # of the table, in characters
 
@@ -65,15 +65,22 @@ class Explanation:
         recurrences: one for each layer of the stack.
         choices: two for each layer of the stack, forward and backward, in the order of layers.
         tf32: whether float32 products may round to TF32.
+        wavefront: how layers over each other run on CUDA in one direction; None elsewhere.
     """
 
     def __init__(
-        self, device: str, recurrences: list[Recurrence], choices: list[Choice], tf32: bool
+        self,
+        device: str,
+        recurrences: list[Recurrence],
+        choices: list[Choice],
+        tf32: bool,
+        wavefront: stack.Plan | None = None,
     ) -> None:
         self.device = device
         self.recurrences = recurrences
         self.choices = choices
         self.tf32 = tf32
+        self.wavefront = wavefront
 
     def __repr__(self) -> str:
         first = self.recurrences[0]
@@ -90,7 +97,23 @@ class Explanation:
                 if each.us_per_step is not None:
                     time, predicted = f"{each.us_per_step:.2f}", True
                 lines += _row("" if i else choice.phase, each.engine, time, each.reason)
-        return "\n".join([*lines, *textwrap.wrap(_PREDICTED if predicted else _NOTHING, WIDTH)])
+        lines += textwrap.wrap(_PREDICTED if predicted else _NOTHING, WIDTH)
+        if self.wavefront is not None:
+            lines += textwrap.wrap(_over_each_other(self.wavefront), WIDTH)
+        return "\n".join(lines)
+
+
+def _over_each_other(plan: stack.Plan) -> str:
+    if not plan.microseconds:
+        parts = _count(plan.parts, "part")
+        return f"Layers run in {parts} of time, forced by {stack.VARIABLE}." * (plan.parts > 1)
+    times = f"{plan.microseconds:.0f} us for the whole stack are predicted"
+    if plan.parts == 1:
+        return f"Layers run one after the other: {times}, and not much less as a wavefront."
+    return (
+        f"Layers run as a wavefront in {plan.parts} parts of time: {times}, "
+        f"{plan.microseconds_in_one_part:.0f} one after the other."
+    )
 
 
 _PREDICTED = (
@@ -113,8 +136,9 @@ def explain(
     """Tells which engine the call ``layer(input, hx, ...)`` takes, and why. Nothing is computed.
 
     A small cost model with constants per chip chooses among the CUDA engines. Its predictions have
-    not been fitted to measurements. ``FUSED_RNN_CUDA_ENGINE`` forces an engine, for tests; on the
-    CPU there is one engine, and ``FUSED_RNN_CPU_ISA`` forces its instruction set. Second
+    not been fitted to measurements. ``FUSED_RNN_CUDA_ENGINE`` forces an engine, for tests, and
+    ``FUSED_RNN_CUDA_WAVEFRONT`` the number of parts of time that layers over each other run in; on
+    the CPU there is one engine, and ``FUSED_RNN_CPU_ISA`` forces its instruction set. Second
     derivatives, which the table leaves out, take ``per_step`` or ``cpu``.
 
     Args:
@@ -129,7 +153,7 @@ def explain(
             thread-block clusters fit is assumed.
 
     Returns:
-        What was considered: ``str()`` of it is a table, ``choices`` has for each layer of the stack
+        What was considered. ``str()`` of it is a table, ``choices`` has for each layer of the stack
         and pass ("forward", "backward") the candidates, the one that is taken first, with their
         predicted microseconds per timestep.
 
@@ -140,11 +164,7 @@ def explain(
             call; or there is no engine for the layer's device.
         ValueError, RuntimeError: as the call raises them for shapes and dtypes that do not fit.
     """
-    if not isinstance(layer, modules._Layer):
-        raise TypeError(
-            "layer should be a fused_rnn.RNN, LSTM or GRU (fused_rnn.convert makes them of "
-            f"torch.nn's), got: {type(layer).__name__}"
-        )
+    expect_layer(layer)
     if chip is not None and chip not in _C.cuda_chips():
         known = ", ".join(_C.cuda_chips())
         raise ValueError(f"chip should be None or one of {known}, got {chip!r}")
@@ -160,23 +180,53 @@ def explain(
         raise RuntimeError(
             f"Expected layer on the CPU or a CUDA device, or the name of a chip, got {home}"
         )
+    training = torch.is_grad_enabled() and any(w.requires_grad for w in layer.parameters())
+
+    def on_cuda(name: str) -> Explanation:
+        wavefront = None if layer.bidirectional else _wavefront(recurrences, training, chip)
+        return Explanation(name, recurrences, _on_cuda(recurrences, tf32, chip), tf32, wavefront)
+
     if chip is not None:
-        return Explanation(
-            f"{chip} (assumed)", recurrences, _on_cuda(recurrences, tf32, chip), tf32
-        )
+        return on_cuda(f"{chip} (assumed)")
     if _C.build_info()["cuda"] is None:
         raise RuntimeError(f"Expected layer on the CPU, since this build has no CUDA, got {home}")
     with torch.cuda.device(home):
-        choices = _on_cuda(recurrences, tf32, None)
-    return Explanation(torch.cuda.get_device_name(home), recurrences, choices, tf32)
+        return on_cuda(torch.cuda.get_device_name(home))
 
 
-class _Recorder(TorchDispatchMode):
+def expect_layer(layer: Any) -> None:
+    if not isinstance(layer, modules._Layer):
+        raise TypeError(
+            "layer should be a fused_rnn.RNN, LSTM or GRU (fused_rnn.convert makes them of "
+            f"torch.nn's), got: {type(layer).__name__}"
+        )
+
+
+class OpCall(NamedTuple):
+    """What the op of one layer was called with; its letters stand in ``autograd.run_layer``."""
+
+    cell: ops.CellTraits
+    varied: bool
+    input: Tensor
+    states: Sequence[Tensor]
+    weights: Sequence[Tensor]
+    has_biases: bool
+    lengths: Tensor | None
+    batch_sizes: Tensor | None
+    resets: Tensor | None
+    lanes: int
+    directions: int
+    save: bool
+    want_cells: bool
+    variation: tuple[Any, ...]  # the fields of ops.Variation and the seed, if varied
+
+
+class Recorder(TorchDispatchMode):
     """Notes what the ops of layers are called with."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: list[Recurrence] = []
+        self.seen: list[OpCall] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -184,34 +234,17 @@ class _Recorder(TorchDispatchMode):
         for name, cell in ops.CELLS.items():
             for varied in (False, True):
                 if func is ops.forward_op(name, varied):
-                    self._note(cell, varied, *args)
+                    self.seen.append(OpCall._make((cell, varied, *args[:11], args[11:])))
         return func(*args, **(kwargs or {}))
 
-    def _note(
-        self,
-        cell: ops.CellTraits,
-        varied: bool,
-        input: Tensor,
-        states: Sequence[Tensor],
-        weights: Sequence[Tensor],
-        has_biases: bool,
-        lengths: Tensor | None,
-        batch_sizes: Tensor | None,
-        resets: Tensor | None,
-        lanes: int,
-        directions: int,
-        save: bool,
-        want_cells: bool,
-        *variation: Any,
-    ) -> None:
-        unprojected = cell.weights(has_biases, variation[0] if varied else 0)
-        self.seen.append(
-            Recurrence(
-                cell.name, str(input.dtype).removeprefix("torch."), input.shape[0], input.shape[1],
-                lanes, weights[1].shape[0] // cell.gates, len(weights) // lanes > unprojected,
-                varied,
-            )
-        )  # fmt: skip
+
+def _recurrence(of: OpCall) -> Recurrence:
+    unprojected = of.cell.weights(of.has_biases, of.variation[0] if of.varied else 0)
+    return Recurrence(
+        of.cell.name, str(of.input.dtype).removeprefix("torch."), of.input.shape[0],
+        of.input.shape[1], of.lanes, of.weights[1].shape[0] // of.cell.gates,
+        len(of.weights) // of.lanes > unprojected, of.varied,
+    )  # fmt: skip
 
 
 def _recurrences(
@@ -255,12 +288,23 @@ def _recurrences(
     elif isinstance(hx, (tuple, list)):
         hx = tuple(given("hx", state) for state in hx)
     # Not copy.copy, which refuses parametrized layers.
-    twin = object.__new__(type(layer))
     shadows = [shadow(weight) for weight in weights]
-    twin.__dict__ |= layer.__dict__ | {"_weights": lambda: shadows}
-    twin.training = layer.training if training is None else training
-    with torch.no_grad(), _Recorder() as recorder:
-        twin._run(data, hx, lengths, resets)
+    training = layer.training if training is None else training
+    calls = op_calls(layer, (data, hx, lengths, resets), training, _weights=lambda: shadows)
+    return [_recurrence(call) for call in calls]
+
+
+def op_calls(
+    layer: modules._Layer, arguments: tuple[Any, ...], training: bool, **others: Any
+) -> list[OpCall]:
+    """What the layer calls the op of every layer of its stack with; ``others`` are attributes.
+
+    The layer itself, and whoever uses it meanwhile, are left alone.
+    """
+    twin = object.__new__(type(layer))
+    twin.__dict__ |= layer.__dict__ | others | {"training": training}
+    with torch.no_grad(), Recorder() as recorder:
+        twin._run(*arguments)
     return recorder.seen
 
 
@@ -297,9 +341,21 @@ def _on_cuda(recurrences: list[Recurrence], tf32: bool, chip: str | None) -> lis
     ]
 
 
+def _wavefront(
+    recurrences: list[Recurrence], training: bool, chip: str | None
+) -> stack.Plan | None:
+    of = recurrences[0]
+    if len(recurrences) == 1 or of.varied:
+        return None
+    return stack.plan(
+        of.cell, of.dtype, of.T, of.B, of.lanes, of.H, layers=len(recurrences),
+        projected=of.projected, training=training, captured=False, chip=chip,
+    )  # fmt: skip
+
+
 def _plan(of: Recurrence, backward: bool, tf32: bool, chip: str | None) -> list[Candidate]:
     try:
-        plan = _C.cuda_plan(
+        plan = ops.CELLS[of.cell].library.cuda_plan(
             of.cell, of.dtype, of.T, of.B, of.lanes, of.H, projected=of.projected,
             varied=of.varied, tf32=tf32, backward=backward, chip=chip,
         )  # fmt: skip

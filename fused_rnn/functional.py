@@ -14,10 +14,9 @@ from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from . import ops
+from . import ops, stack
 from .additive import run_additive_attention
 from .autograd import run_layer
 from .heads import block_diagonal, run_heads
@@ -58,11 +57,11 @@ def lstm(
         resets: bool (T, B), or (B, T) with ``batch_first``. Where true the state is zeroed before
             that step, and no gradient crosses.
         return_cells: also return the c of every step of the last layer, (T, B, D * H).
-        peephole, coupled, layer_norm, layer_norm_eps, zoneout, recurrent_dropout,
-            weight_dropout: as ``fused_rnn.LSTM``, in training if ``train``.
+        peephole, coupled: as ``fused_rnn.LSTM``, as are the options after them.
+        zoneout, recurrent_dropout, weight_dropout: drawn if ``train``.
 
     Returns:
-        output (T, B, D * P), h_n, c_n[, cells], batch first as the input is.
+        output (T, B, D * P), h_n, c_n, and cells if asked for; batch first as the input is.
 
     Raises:
         RuntimeError: a shape, dtype or device does not fit; the message names the argument.
@@ -254,8 +253,8 @@ def additive_attention(
         return_scores: also return the scores (B, Tq, Tk), -inf where not allowed.
 
     Returns:
-        context (B, Tq, D)[, weights][, scores]. A query that may attend to nothing gets zero
-        context, zero weights and zero gradient.
+        context (B, Tq, D), then weights and scores if asked for. A query that may attend to nothing
+        gets zero context, zero weights and zero gradient.
 
     Raises:
         RuntimeError: a shape, dtype or device does not fit; the message names the argument.
@@ -264,8 +263,10 @@ def additive_attention(
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p should be in [0, 1), got {dropout_p}")
     tensors = (query, key, value, weight) if bias is None else (query, key, value, weight, bias)
-    for name, tensor in zip(("query", "key", "value"), tensors, strict=False):
-        if tensor.dim() != 3:
+    for name, tensor in zip(("query", "key", "value", "weight", "bias"), tensors, strict=False):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} should be a tensor, got {type(tensor).__name__}")
+        if tensor.dim() != 3 and name in ("query", "key", "value"):
             raise RuntimeError(
                 f"Expected {name} of three dimensions (B, T, channels), got {tuple(tensor.shape)}"
             )
@@ -460,21 +461,25 @@ def _layers(
     # What no single layer could see.
     each = _params_per_lane(cell, params, has_biases, num_layers, D, variation) * D
     _check_states(cell, input, states, params, num_layers * D, batch_sizes)
-    finals: list[Sequence[Tensor]] = []
-    cells: Sequence[Tensor] = ()
-    for k in range(num_layers):
-        last = k == num_layers - 1
-        input, *final = run(
-            cell, input, [s[k * D : (k + 1) * D] for s in states],
-            params[k * each : (k + 1) * each], has_biases, D, D, lengths, resets,
-            want_cells and last, batch_sizes, variation, _seed(variation, train, input),
+
+    def layer(
+        weights: Sequence[Tensor],
+        input: Tensor,
+        states: Sequence[Tensor],
+        lengths: Tensor | None,
+        resets: Tensor | None,
+        want_cells: bool,
+    ) -> Sequence[Tensor]:
+        return run(
+            cell, input, states, weights, has_biases, D, D, lengths, resets, want_cells,
+            batch_sizes, variation, _seed(variation, train, input),
         )  # fmt: skip
-        if last and want_cells:
-            *final, cells = *final[:-1], final[-1:]
-        elif dropout > 0 and not last:
-            input = F.dropout(input, dropout, training=True)
-        finals.append(final)
-    return [input, *(torch.cat(state) for state in zip(*finals, strict=True)), *cells]
+
+    weights = [params[k * each : (k + 1) * each] for k in range(num_layers)]
+    begins = [[s[k * D : (k + 1) * D] for s in states] for k in range(num_layers)]
+    projected = each > ops.CELLS[cell].weights(has_biases) * D
+    parts = stack.parts(cell, input, weights, D, projected, variation)
+    return stack.run(layer, input, weights, begins, lengths, resets, dropout, want_cells, parts)
 
 
 def _seed(variation: ops.Variation | None, train: bool, input: Tensor) -> Tensor | None:

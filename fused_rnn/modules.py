@@ -292,9 +292,9 @@ class _Layer(_Options, RNNBase):
 
 
 class RNN(_Layer):
-    r"""Multi-layer simple (Elman) RNN; drop-in for :class:`torch.nn.RNN`.
+    """Multi-layer simple (Elman) RNN; drop-in for ``torch.nn.RNN``.
 
-    .. math:: h_t = \tanh(W_{ih} x_t + b_{ih} + W_{hh} h_{t-1} + b_{hh})
+        h_t = tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh)
 
     or with a rectifier in place of tanh (Elman 1990, "Finding structure in time").
 
@@ -307,13 +307,13 @@ class RNN(_Layer):
         batch_first: input and output are (B, T, features) instead of (T, B, features).
         dropout: probability of zeroing an element between layers, in training.
         bidirectional: adds a direction that reads backwards; outputs are concatenated.
-        layer_norm: ``True`` or ``"separate"`` normalises W_{ih} x and W_{hh} h, each over all
+        layer_norm: ``True`` or ``"separate"`` normalises W_ih x and W_hh h, each over all
             gates, before biases are added, and in LSTM the c inside the output's tanh (Ba et al.
             2016, arXiv 1607.06450): weights ``ln_ih_*``, ``ln_hh_*``, ``ln_c_*``. ``"joint"``
             normalises the sum of both and the biases, and in LSTM c itself: ``ln_g_*``, ``ln_c_*``
             (``*`` is ``weight_l{k}`` and ``bias_l{k}``; over G gates (G * hidden_size), of c
             (hidden_size)). In GRU the sum's third part is what the reset gate multiplies.
-        layer_norm_eps: added to the variance, as in :class:`torch.nn.LayerNorm`.
+        layer_norm_eps: added to the variance, as in ``torch.nn.LayerNorm``.
         zoneout: probability that a unit of h (in LSTM also of c, or a pair of both probabilities)
             stays as it was, in training; else the expectation of that (Krueger et al. 2017, arXiv
             1606.01305).
@@ -397,24 +397,22 @@ class RNN(_Layer):
 
 
 class GRU(_Layer):
-    r"""Multi-layer gated recurrent unit; drop-in for :class:`torch.nn.GRU`.
+    """Multi-layer gated recurrent unit; drop-in for ``torch.nn.GRU``.
 
-    .. math::
-        r &= \sigma(W_{ir} x_t + b_{ir} + W_{hr} h_{t-1} + b_{hr}) \\
-        z &= \sigma(W_{iz} x_t + b_{iz} + W_{hz} h_{t-1} + b_{hz}) \\
-        n &= \tanh(W_{in} x_t + b_{in} + r (W_{hn} h_{t-1} + b_{hn})) \\
-        h_t &= (1 - z) n + z h_{t-1}
+        r = sigmoid(W_ir x_t + b_ir + W_hr h_{t-1} + b_hr)
+        z = sigmoid(W_iz x_t + b_iz + W_hz h_{t-1} + b_hz)
+        n = tanh(W_in x_t + b_in + r (W_hn h_{t-1} + b_hn))
+        h_t = (1 - z) n + z h_{t-1}
 
     (Cho et al. 2014, arXiv 1406.1078, eq. 5 to 8, with cuDNN's reset after the product.)
 
-    Arguments and parameters as :class:`RNN` without ``nonlinearity``; weights hold the gates in the
+    Arguments and parameters as ``RNN`` without ``nonlinearity``; weights hold the gates in the
     order r, z, n: ``weight_ih_l{k}`` (3 * hidden_size, input) and so on.
 
     Args:
         reset_after: False for the paper's own form (Keras's ``reset_after=False``), the reset gate
             applied to h before the product, with the same parameters:
-
-            .. math:: n = \tanh(W_{in} x_t + b_{in} + W_{hn} (r h_{t-1}) + b_{hn})
+            n = tanh(W_in x_t + b_in + W_hn (r h_{t-1}) + b_hn).
     """
 
     def __init__(
@@ -445,60 +443,13 @@ class GRU(_Layer):
     forward = RNN.forward
 
 
-class LSTM(_Layer):
-    r"""Multi-layer long short-term memory; drop-in for :class:`torch.nn.LSTM`.
-
-    .. math::
-        i &= \sigma(W_{ii} x_t + b_{ii} + W_{hi} h_{t-1} + b_{hi}) \\
-        f &= \sigma(W_{if} x_t + b_{if} + W_{hf} h_{t-1} + b_{hf}) \\
-        g &= \tanh(W_{ig} x_t + b_{ig} + W_{hg} h_{t-1} + b_{hg}) \\
-        o &= \sigma(W_{io} x_t + b_{io} + W_{ho} h_{t-1} + b_{ho}) \\
-        c_t &= f c_{t-1} + i g \qquad h_t = o \tanh(c_t)
-
-    (Hochreiter & Schmidhuber 1997; forget gate of Gers et al. 2000. With ``proj_size``, h_t is
-    multiplied by ``weight_hr``, Sak et al. 2014, arXiv 1402.1128.)
-
-    Arguments and parameters as :class:`RNN` without ``nonlinearity``, and ``proj_size``: if above
-    zero, the size h is projected to, with ``weight_hr_l{k}`` (proj_size, hidden_size). Weights hold
-    the gates in the order i, f, g, o: ``weight_ih_l{k}`` (4 * hidden_size, input) and so on.
-
-    Args:
-        peephole: gates i and f also see w_i c_{t-1} and w_f c_{t-1}, gate o sees w_o c_t (Gers &
-            Schmidhuber 2000), with one weight each per unit: ``weight_ch_l{k}`` (3 * hidden_size)
-            in the order i, f, o.
-        coupled: i = 1 - f (CIFG; Greff et al. 2017, arXiv 1503.04069). There are gates f, g, o
-            only: ``weight_ih_l{k}`` (3 * hidden_size, input) and so on; with ``peephole``
-            ``weight_ch_l{k}`` (2 * hidden_size) in the order f, o.
-    """
+class _LayerWithC(_Layer):
+    """A layer whose states are h and c: LSTM, and cells like it."""
 
     _has_c = True
 
-    def __init__(
-        self,
-        *args: Any,
-        peephole: bool = False,
-        coupled: bool = False,
-        num_heads: int = 1,
-        layer_norm: bool | str = False,
-        layer_norm_eps: float = 1e-5,
-        zoneout: float | tuple[float, float] = 0.0,
-        recurrent_dropout: float = 0.0,
-        weight_dropout: float = 0.0,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__("LSTM", *args, **kwargs)
-        if self._set_options(
-            peephole=peephole, coupled=coupled, num_heads=num_heads, layer_norm=layer_norm,
-            layer_norm_eps=layer_norm_eps,
-            zoneout=zoneout, recurrent_dropout=recurrent_dropout, weight_dropout=weight_dropout,
-        ):  # fmt: skip
-            self._set_weights()
-
-    def _cell(self) -> str:
-        return functional.lstm_cell(self.peephole, self.coupled)
-
     def _unpack_states(self, hx: Any) -> States:
-        return _pair("LSTM", hx)
+        return _pair(self._get_name(), hx)
 
     def _pack_states(self, states: States) -> Any:
         return states
@@ -532,20 +483,71 @@ class LSTM(_Layer):
         """Runs the layer over a sequence.
 
         Args:
-            input, lengths, resets: as :meth:`RNN.forward`.
+            input, lengths, resets: as ``RNN.forward``.
             hx: initial h (num_layers * D, B, proj_size or hidden_size) and c (num_layers * D, B,
                 hidden_size), or None for zeros.
             return_cells: also return the c of every step of the last layer.
 
         Returns:
-            output (T, B, D * (proj_size or hidden_size)), (h_n, c_n)[, cells (T, B, D *
-            hidden_size)]; sequences batch first or packed as the input is.
+            output (T, B, D * (proj_size or hidden_size)), (h_n, c_n) and, if asked for, cells (T,
+            B, D * hidden_size); sequences batch first or packed as the input is.
 
         Raises:
             ValueError, RuntimeError: as torch.nn does; the message names what was expected.
         """
         sequences, states = self._run(input, hx, lengths, resets, return_cells=return_cells)
         return (sequences[0], states, sequences[1]) if return_cells else (sequences[0], states)
+
+
+class LSTM(_LayerWithC):
+    """Multi-layer long short-term memory; drop-in for ``torch.nn.LSTM``.
+
+        i = sigmoid(W_ii x_t + b_ii + W_hi h_{t-1} + b_hi)
+        f = sigmoid(W_if x_t + b_if + W_hf h_{t-1} + b_hf)
+        g = tanh(W_ig x_t + b_ig + W_hg h_{t-1} + b_hg)
+        o = sigmoid(W_io x_t + b_io + W_ho h_{t-1} + b_ho)
+        c_t = f c_{t-1} + i g
+        h_t = o tanh(c_t)
+
+    (Hochreiter & Schmidhuber 1997; forget gate of Gers et al. 2000. With ``proj_size``, h_t is
+    multiplied by ``weight_hr``, Sak et al. 2014, arXiv 1402.1128.)
+
+    Arguments and parameters as ``RNN`` without ``nonlinearity``, and ``proj_size``: if above
+    zero, the size h is projected to, with ``weight_hr_l{k}`` (proj_size, hidden_size). Weights hold
+    the gates in the order i, f, g, o: ``weight_ih_l{k}`` (4 * hidden_size, input) and so on.
+
+    Args:
+        peephole: gates i and f also see w_i c_{t-1} and w_f c_{t-1}, gate o sees w_o c_t (Gers &
+            Schmidhuber 2000), with one weight each per unit: ``weight_ch_l{k}`` (3 * hidden_size)
+            in the order i, f, o.
+        coupled: i = 1 - f (CIFG; Greff et al. 2017, arXiv 1503.04069). There are gates f, g, o
+            only: ``weight_ih_l{k}`` (3 * hidden_size, input) and so on; with ``peephole``
+            ``weight_ch_l{k}`` (2 * hidden_size) in the order f, o.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        peephole: bool = False,
+        coupled: bool = False,
+        num_heads: int = 1,
+        layer_norm: bool | str = False,
+        layer_norm_eps: float = 1e-5,
+        zoneout: float | tuple[float, float] = 0.0,
+        recurrent_dropout: float = 0.0,
+        weight_dropout: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__("LSTM", *args, **kwargs)
+        if self._set_options(
+            peephole=peephole, coupled=coupled, num_heads=num_heads, layer_norm=layer_norm,
+            layer_norm_eps=layer_norm_eps,
+            zoneout=zoneout, recurrent_dropout=recurrent_dropout, weight_dropout=weight_dropout,
+        ):  # fmt: skip
+            self._set_weights()
+
+    def _cell(self) -> str:
+        return functional.lstm_cell(self.peephole, self.coupled)
 
 
 def _pair(name: str, hx: Any) -> States:
@@ -611,11 +613,11 @@ class _Cell(_Options, RNNCellBase):
 
 
 class RNNCell(_Cell):
-    """One timestep of a simple RNN; drop-in for :class:`torch.nn.RNNCell`.
+    """One timestep of a simple RNN; drop-in for ``torch.nn.RNNCell``.
 
     Args:
         input_size, hidden_size, bias, nonlinearity, num_heads, layer_norm, zoneout: as
-            :class:`RNN`.
+            ``RNN``.
     """
 
     __constants__ = [*RNNCellBase.__constants__, "nonlinearity"]  # noqa: RUF012
@@ -653,10 +655,10 @@ class RNNCell(_Cell):
 
 
 class GRUCell(_Cell):
-    """One timestep of a GRU; drop-in for :class:`torch.nn.GRUCell`.
+    """One timestep of a GRU; drop-in for ``torch.nn.GRUCell``.
 
     Args:
-        input_size, hidden_size, bias, reset_after, num_heads, layer_norm, zoneout: as :class:`GRU`.
+        input_size, hidden_size, bias, reset_after, num_heads, layer_norm, zoneout: as ``GRU``.
     """
 
     def __init__(
@@ -691,11 +693,11 @@ class GRUCell(_Cell):
 
 
 class LSTMCell(_Cell):
-    """One timestep of an LSTM; drop-in for :class:`torch.nn.LSTMCell`.
+    """One timestep of an LSTM; drop-in for ``torch.nn.LSTMCell``.
 
     Args:
         input_size, hidden_size, bias, peephole, coupled, num_heads, layer_norm, zoneout: as
-            :class:`LSTM`.
+            ``LSTM``.
     """
 
     _has_c = True

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from . import ops
+from . import _C, ops
 from .reference import Weights
 
 # ONNX's order of the gates, by their places in ours; a coupled LSTM has no i, which is 1 - f, that
@@ -36,9 +36,13 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     except ImportError as error:
         raise ImportError("export to ONNX needs onnxscript: pip install onnx onnxscript") from error
     table: dict[Callable[..., Any], Callable[..., Any]] = {}
-    for cell in ops.CELLS:
-        table[ops.forward_op(cell)] = _translation(cell, opset18)
-        table[ops.forward_op(cell, varied=True)] = _refusal(cell)
+    varied = "layer normalisation, zoneout or recurrent dropout"
+    for cell, traits in ops.CELLS.items():
+        known = traits.library is _C
+        table[ops.forward_op(cell)] = (
+            _translation(cell, opset18) if known else _refusal(cell, "this cell")
+        )
+        table[ops.forward_op(cell, varied=True)] = _refusal(cell, varied)
     return table
 
 
@@ -46,9 +50,9 @@ def _refuse(cell: str, what: str) -> None:
     raise NotImplementedError(f"{cell}: ONNX has no recurrent operator with {what}")
 
 
-def _refusal(cell: str) -> Callable[..., Any]:
+def _refusal(cell: str, what: str) -> Callable[..., Any]:
     def refuse(*args: Any) -> None:
-        _refuse(cell, "layer normalisation, zoneout or recurrent dropout")
+        _refuse(cell, what)
 
     return refuse
 

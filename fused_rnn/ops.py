@@ -10,13 +10,15 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from . import _C, composed
+from . import composed
+from .binary import _C
 from .reference import Weights
 
 
@@ -31,6 +33,7 @@ class CellTraits(NamedTuple):
     split_gates: bool  # whether the gradients of input and hidden gates differ
     reads_h: bool  # whether backward reads the h that the cell gave
     late_gate: bool  # whether the last gate's product reads h times the first gate
+    library: ModuleType  # the extension that has it
 
     def norms(self, layer_norm: int) -> tuple[str, ...]:
         """What is normalised: each has a weight and a bias."""
@@ -39,7 +42,10 @@ class CellTraits(NamedTuple):
 
     def saved_values(self, layer_norm: int | None) -> int:
         """Values per unit and step in the reserve; None for the plain op."""
-        return self.saved if layer_norm is None else _C.saved_values(self.name, layer_norm)
+        if layer_norm is None:
+            return self.saved
+        count: int = self.library.saved_values(self.name, layer_norm)
+        return count
 
     def weights(self, has_biases: bool, layer_norm: int = 0) -> int:
         """How many tensors of weights a lane has without a projection."""
@@ -85,27 +91,20 @@ class Variation(NamedTuple):
 PLAIN = Variation()
 
 
-CELLS: dict[str, CellTraits] = {
-    name: CellTraits(name, **traits) for name, traits in _C.cells().items()
-}
+CELLS: dict[str, CellTraits] = {}
 
 RESERVE_BLOCK = _C.reserve_block  # units that lie side by side in what the CPU engine saves
 
 
-def _overloads(suffix: str) -> dict[str, OpOverload]:
-    return {name: getattr(torch.ops.fused_rnn, f"{name}_{suffix}").default for name in CELLS}
-
-
-_FORWARD, _BACKWARD = _overloads("forward"), _overloads("backward")
-_VARIED_FORWARD, _VARIED_BACKWARD = _overloads("varied_forward"), _overloads("varied_backward")
+_OPS: dict[str, OpOverload] = {}  # by what follows "fused_rnn::"
 
 
 def forward_op(cell: str, varied: bool = False) -> OpOverload:
-    return (_VARIED_FORWARD if varied else _FORWARD)[cell]
+    return _OPS[f"{cell}_varied_forward" if varied else f"{cell}_forward"]
 
 
 def backward_op(cell: str, varied: bool = False) -> OpOverload:
-    return (_VARIED_BACKWARD if varied else _BACKWARD)[cell]
+    return _OPS[f"{cell}_varied_backward" if varied else f"{cell}_backward"]
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -113,10 +112,10 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
-def _check_devices(input: Tensor, *others: Tensor) -> None:
+def _check_devices(input: Tensor, *others: Tensor | None) -> None:
     # Torch takes a tensor of the meta device among others for a question about shapes.
     for tensor in others:
-        if tensor.device != input.device:
+        if tensor is not None and tensor.device != input.device:
             raise RuntimeError(
                 f"Expected all tensors on input's device {input.device}, got {tensor.device}"
             )
@@ -154,7 +153,7 @@ def _register_fakes(cell: CellTraits) -> None:
         layer_norm_eps: float = 1e-5,
         seed: Tensor | None = None,
     ) -> list[Tensor]:
-        _check_devices(input, *states, *weights)
+        _check_devices(input, *states, *weights, lengths, resets, seed)
         T, B = _time(input, states, batch_sizes)
         rows = input.shape[:2] if batch_sizes is None else input.shape[:1]
         H, P = weights[1].shape[0] // cell.gates, weights[1].shape[1]
@@ -203,6 +202,9 @@ def _register_fakes(cell: CellTraits) -> None:
         need_weights: bool,
         *variation: Any,
     ) -> list[Tensor]:
+        grads = (grad_output, grad_h_n, grad_c_n, grad_cells)
+        _check_devices(input, *grads, *states, *weights, lengths, resets, output, *saved)
+        _check_devices(input, *variation[5:])
         _, B = _time(input, states, batch_sizes)
         H, P = weights[1].shape[0] // cell.gates, weights[1].shape[1]
         shapes: list[tuple[int, ...]] = [tuple(input.shape)] if need_input else []
@@ -235,10 +237,23 @@ def _compose(
         return getattr(composed, direction)(cell, recurrence, *args)
 
 
-for _cell in CELLS.values():
-    _register_fakes(_cell)
-    if _C.build_info()["cuda"] is not None:
-        compose_layer(_cell)
+def add_cells(library: ModuleType) -> list[CellTraits]:
+    """Takes the cells of an extension into ``CELLS``: its ops have been defined by importing it."""
+    cells = [
+        CellTraits(name, **traits, library=library) for name, traits in library.cells().items()
+    ]
+    for cell in cells:
+        for kind in ("forward", "backward", "varied_forward", "varied_backward"):
+            name = f"{cell.name}_{kind}"
+            _OPS[name] = getattr(torch.ops.fused_rnn, name).default
+        _register_fakes(cell)
+        if library.build_info()["cuda"] is not None:
+            compose_layer(cell)
+        CELLS[cell.name] = cell
+    return cells
+
+
+add_cells(_C)
 
 
 @torch.library.register_fake("fused_rnn::additive_attention_forward")
@@ -256,6 +271,7 @@ def _attention_forward_fake(
     want_weights: bool,
     want_scores: bool,
 ) -> tuple[Tensor, ...]:
+    _check_devices(query, key, value, weight, bias, lengths, mask)
     B, Tq, _ = query.shape
     pairs = (B, Tq, key.shape[1])
     return (
@@ -284,6 +300,8 @@ def _attention_backward_fake(
     context: Tensor,
     logsumexp: Tensor,
 ) -> tuple[Tensor, ...]:
+    grads = (grad_context, grad_weights, grad_scores)
+    _check_devices(query, key, value, weight, bias, lengths, mask, context, logsumexp, *grads)
     shapes = [t.shape for t in (query, key, value, weight)]
     return tuple(query.new_empty(s) for s in (*shapes, (0,) if bias is None else bias.shape))
 
@@ -293,6 +311,7 @@ def _attention_backward_fake(
 
 @torch.library.register_fake("fused_rnn::dropout")
 def _dropout_fake(input: Tensor, p: float, seed: Tensor) -> Tensor:
+    _check_devices(input, seed)
     return torch.empty_like(input, memory_format=torch.contiguous_format)
 
 

@@ -49,6 +49,15 @@ NO_FACTORS = Factors()
 
 State = tuple[Tensor, Tensor | None]  # h (B, P) and, for LSTM, c (B, H)
 
+
+class Step(NamedTuple):
+    """What a cell makes of a timestep."""
+
+    h: Tensor  # (B, H)
+    c: Tensor | None  # (B, H), LSTM only
+    gates: dict[str, Tensor]  # by their letters, (B, H) each: for those who look inside
+
+
 # What an LSTM makes of its new c: the c that it keeps, and what stands inside the output's tanh.
 Through = Callable[[Tensor], tuple[Tensor, Tensor]]
 
@@ -58,25 +67,26 @@ def as_it_is(c: Tensor) -> tuple[Tensor, Tensor]:
     return c, c
 
 
-def rnn_tanh(input_gates: Tensor, hidden_gates: Tensor, state: State) -> State:
+def rnn_tanh(input_gates: Tensor, hidden_gates: Tensor, state: State) -> Step:
     """Elman 1990: h' = tanh(W_ih x + b_ih + W_hh h + b_hh)."""
-    return torch.tanh(input_gates + hidden_gates), None
+    return Step(torch.tanh(input_gates + hidden_gates), None, {})
 
 
-def rnn_relu(input_gates: Tensor, hidden_gates: Tensor, state: State) -> State:
+def rnn_relu(input_gates: Tensor, hidden_gates: Tensor, state: State) -> Step:
     """As ``rnn_tanh`` with a rectifier."""
-    return torch.relu(input_gates + hidden_gates), None
+    return Step(torch.relu(input_gates + hidden_gates), None, {})
 
 
 def lstm(
     input_gates: Tensor, hidden_gates: Tensor, state: State, *, through: Through = as_it_is
-) -> State:
+) -> Step:
     """Hochreiter & Schmidhuber 1997 with the forget gate of Gers et al. 2000; gates i, f, g, o."""
     _, c = state
     assert c is not None
     i, f, g, o = (input_gates + hidden_gates).chunk(4, dim=-1)
-    c, inside = through(torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g))
-    return torch.sigmoid(o) * torch.tanh(inside), c
+    i, f, g, o = torch.sigmoid(i), torch.sigmoid(f), torch.tanh(g), torch.sigmoid(o)
+    c, inside = through(f * c + i * g)
+    return Step(o * torch.tanh(inside), c, {"i": i, "f": f, "g": g, "o": o})
 
 
 def lstm_peephole(
@@ -86,26 +96,28 @@ def lstm_peephole(
     weight_ch: Tensor,
     *,
     through: Through = as_it_is,
-) -> State:
+) -> Step:
     """Gers & Schmidhuber 2000: gates i and f also see c_{t-1}, gate o sees c_t, unit by unit."""
     _, c = state
     assert c is not None
     w_i, w_f, w_o = weight_ch.chunk(3)
     i, f, g, o = (input_gates + hidden_gates).chunk(4, dim=-1)
-    c, inside = through(torch.sigmoid(f + w_f * c) * c + torch.sigmoid(i + w_i * c) * torch.tanh(g))
-    return torch.sigmoid(o + w_o * c) * torch.tanh(inside), c
+    i, f, g = torch.sigmoid(i + w_i * c), torch.sigmoid(f + w_f * c), torch.tanh(g)
+    c, inside = through(f * c + i * g)
+    o = torch.sigmoid(o + w_o * c)
+    return Step(o * torch.tanh(inside), c, {"i": i, "f": f, "g": g, "o": o})
 
 
 def lstm_coupled(
     input_gates: Tensor, hidden_gates: Tensor, state: State, *, through: Through = as_it_is
-) -> State:
+) -> Step:
     """Greff et al. 2017 (arXiv 1503.04069), CIFG: i = 1 - f; gates f, g, o."""
     _, c = state
     assert c is not None
     f, g, o = (input_gates + hidden_gates).chunk(3, dim=-1)
-    f = torch.sigmoid(f)
-    c, inside = through(f * c + (1 - f) * torch.tanh(g))
-    return torch.sigmoid(o) * torch.tanh(inside), c
+    f, g, o = torch.sigmoid(f), torch.tanh(g), torch.sigmoid(o)
+    c, inside = through(f * c + (1 - f) * g)
+    return Step(o * torch.tanh(inside), c, {"f": f, "g": g, "o": o})
 
 
 def lstm_coupled_peephole(
@@ -115,18 +127,19 @@ def lstm_coupled_peephole(
     weight_ch: Tensor,
     *,
     through: Through = as_it_is,
-) -> State:
+) -> Step:
     """Both: i = 1 - f, where gate f sees c_{t-1} and gate o sees c_t."""
     _, c = state
     assert c is not None
     w_f, w_o = weight_ch.chunk(2)
     f, g, o = (input_gates + hidden_gates).chunk(3, dim=-1)
-    f = torch.sigmoid(f + w_f * c)
-    c, inside = through(f * c + (1 - f) * torch.tanh(g))
-    return torch.sigmoid(o + w_o * c) * torch.tanh(inside), c
+    f, g = torch.sigmoid(f + w_f * c), torch.tanh(g)
+    c, inside = through(f * c + (1 - f) * g)
+    o = torch.sigmoid(o + w_o * c)
+    return Step(o * torch.tanh(inside), c, {"f": f, "g": g, "o": o})
 
 
-def gru(input_gates: Tensor, hidden_gates: Tensor, state: State) -> State:
+def gru(input_gates: Tensor, hidden_gates: Tensor, state: State) -> Step:
     """Cho et al. 2014, reset gate after the recurrent product; gates r, z, n."""
     h, _ = state
     input_r, input_z, input_n = input_gates.chunk(3, dim=-1)
@@ -134,7 +147,7 @@ def gru(input_gates: Tensor, hidden_gates: Tensor, state: State) -> State:
     r = torch.sigmoid(input_r + hidden_r)
     z = torch.sigmoid(input_z + hidden_z)
     n = torch.tanh(input_n + r * hidden_n)
-    return (1 - z) * n + z * h, None
+    return Step((1 - z) * n + z * h, None, {"r": r, "z": z, "n": n})
 
 
 def gru_reset_before(
@@ -142,7 +155,7 @@ def gru_reset_before(
     hidden_gates: Tensor,
     state: State,
     product: Callable[[Tensor], Tensor],
-) -> State:
+) -> Step:
     """Cho et al. 2014 (arXiv 1406.1078), eq. 5 to 8: the reset gate before the product.
 
     r = sigmoid(W_ir x + b_ir + W_hr h + b_hr), z likewise, n = tanh(W_in x + b_in + W_hn (r h) +
@@ -155,12 +168,13 @@ def gru_reset_before(
     z = torch.sigmoid(input_z + hidden_z)
     _, _, hidden_n = product(r * h).chunk(3, dim=-1)
     n = torch.tanh(input_n + hidden_n)
-    return (1 - z) * n + z * h, None
+    return Step((1 - z) * n + z * h, None, {"r": r, "z": z, "n": n})
 
 
-# Cells with weights of their own take them as a last argument, and so does gru_reset_before its
-# second product.
-CELLS: dict[str, Callable[..., State]] = {
+# Cells with weights of their own take them as a last argument, and so do those of LATE_GATES the
+# second product, which is of the last gate.
+LATE_GATES = {"gru_reset_before"}
+CELLS: dict[str, Callable[..., Step]] = {
     "rnn_tanh": rnn_tanh,
     "rnn_relu": rnn_relu,
     "lstm": lstm,
@@ -257,6 +271,11 @@ def zoneout(before: Tensor, after: Tensor, share: Tensor | float | None) -> Tens
     return after if share is None else share * before + (1 - share) * after
 
 
+# What was in one direction at every timestep: gates by their letters, c and h, (T, B, H) each, zero
+# beyond a row's length. With a projection h is (T, B, P).
+Trace = dict[str, Tensor]
+
+
 def direction(
     cell: str,
     input: Tensor,
@@ -268,6 +287,7 @@ def direction(
     resets: Tensor | None = None,
     factors: Factors = NO_FACTORS,
     eps: float = 1e-5,
+    trace: list[Trace] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Runs one direction of one layer over a sequence.
 
@@ -280,6 +300,7 @@ def direction(
         factors: of zoneout and of recurrent dropout (Gal & Ghahramani 2016, arXiv 1512.05287: the
             same units of h are dropped in every timestep).
         eps: of layer normalisation.
+        trace: what the gates, c and h were is appended to it.
 
     Returns:
         output (T, B, P), zero beyond a row's length; h_n (B, P); for lstm c_n (B, H) and the cell
@@ -293,7 +314,7 @@ def direction(
         return recurrent_product(read, weights.weight_hh)
 
     own: tuple[Any, ...] = () if weights.weight_ch is None else (weights.weight_ch,)
-    if cell == "gru_reset_before":
+    if cell in LATE_GATES:
         own = (lambda h: product(h) + (0 if weights.bias_hh is None else weights.bias_hh),)
     through = {} if weights.ln_c_weight is None else {"through": normalised_cell(weights, eps)}
     input_product = F.linear(mask_beyond(input, lengths), weights.weight_ih)
@@ -303,6 +324,7 @@ def direction(
     )
     outputs: list[Tensor] = [torch.zeros_like(hx)] * T
     cells: list[Tensor] = [] if cx is None else [torch.zeros_like(cx)] * T
+    gates: list[dict[str, Tensor]] = [{}] * T
     for t in reversed(range(T)) if reverse else range(T):
         h_before, c_before = h, c
         if resets is not None:
@@ -312,7 +334,9 @@ def direction(
         input_gates, hidden_gates = normalised_gates(
             weights, input_product[t], product(h_before), eps
         )
-        h_new, c_new = CELLS[cell](input_gates, hidden_gates, (h_before, c_before), *own, **through)
+        h_new, c_new, gates[t] = CELLS[cell](
+            input_gates, hidden_gates, (h_before, c_before), *own, **through
+        )
         if weights.weight_hr is not None:
             h_new = F.linear(h_new, weights.weight_hr)
         h_new = zoneout(h_before, h_new, zone_h[t])
@@ -330,9 +354,14 @@ def direction(
         if c_new is not None:
             cells[t] = c_new
     output = torch.stack(outputs) if T else hx.new_zeros((0, *hx.shape))
-    if c is None:
-        return output, h, None, None
-    return output, h, c, torch.stack(cells) if T else c.new_zeros((0, *c.shape))
+    of_c = None
+    if c is not None:
+        of_c = torch.stack(cells) if T else c.new_zeros((0, *c.shape))
+    if trace is not None:
+        seen = {name: torch.stack([each[name] for each in gates]) for name in gates[0]}
+        seen = {name: mask_beyond(values, lengths) for name, values in seen.items()}
+        trace.append(seen | ({} if of_c is None else {"c": of_c}) | {"h": output})
+    return output, h, c, of_c
 
 
 def layer(
@@ -346,11 +375,12 @@ def layer(
     directions: int | None = None,
     factors: Sequence[Factors] = (),
     eps: float = 1e-5,
+    trace: list[Trace] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Runs one layer: one direction per entry of ``weights``, the second backwards in time.
 
     With ``directions`` there may be more entries: of two directions every second runs backwards.
-    Input (T, B, D, I) has one for each.
+    Input (T, B, D, I) has one for each. To ``trace`` each appends its own.
 
     Takes hx (D, B, P) and cx (D, B, H); returns output (T, B, D, P), h_n (D, B, P), and for lstm
     c_n (D, B, H) and cells (T, B, D, H), else None.
@@ -360,7 +390,7 @@ def layer(
         direction(
             cell, input if input.dim() == 3 else input[:, :, d], hx[d],
             None if cx is None else cx[d], w, both and d % 2 == 1, lengths, resets,
-            factors[d] if factors else NO_FACTORS, eps,
+            factors[d] if factors else NO_FACTORS, eps, trace,
         )
         for d, w in enumerate(weights)
     ]  # fmt: skip

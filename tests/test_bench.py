@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("rich")
 
-from fused_rnn.bench import layers, options, report, timing
+from fused_rnn.bench import layers, options, tables, timing
 from fused_rnn.bench.shapes import CELLS, MODES, Shape
 
 SHAPE = Shape(6, 3, 5, 20)
@@ -65,14 +65,14 @@ def test_operations_are_counted(cell: str) -> None:
 
 def test_table_shows_operations_and_their_share() -> None:
     check = timing.Check(True, "output", 0.0, 0.0, 1.0)
-    time = timing.Timing(0.5, 1.0, 2.0, 2.0, 2.0, 5, 1)
+    time = timing.Timing(0.5, 1.0, 2.0, 2.0, 2.0, 5, 1, (0.5, 0.5), (1.0, 1.0))
     rows = [
         layers.Row("LSTM", mode, SHAPE, "cpu", "float32", check, time, flops=int(3e9))
         for mode in MODES
     ]
-    console = report.console()
+    console = tables.console()
     console.width = 100
     with console.capture() as capture:
-        console.print(report.table(rows, "cell", "torch.nn", 12e9))
+        console.print(tables.table(rows, "cell", "torch.nn", 12e9))
     line = next(text for text in capture.get().splitlines() if "6,3,5,20" in text)
     assert line.split() == ["LSTM", "6,3,5,20", *(["500.0", "2.00", "6", "50"] * 2)]

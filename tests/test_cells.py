@@ -64,7 +64,7 @@ def errors(library: ctypes.CDLL, cell: str, scalar: str) -> float:
         own = (weights,) if traits.unit_weights else ()
         second = (functools.partial(second_product, library, hidden),) if traits.late_gate else ()
         h, c = state[:1], state[1:] if traits.has_c else None
-        next_h, next_c = reference.CELLS[cell](inputs, hidden, (h, c), *own, *second)
+        next_h, next_c, _ = reference.CELLS[cell](inputs, hidden, (h, c), *own, *second)
         loss = d_state[0] * next_h.sum() + (d_state[1] * next_c.sum() if next_c is not None else 0)
         d_inputs, d_hidden, d_prev, *d_own = torch.autograd.grad(
             loss, (inputs, hidden, state, *own), allow_unused=True, retain_graph=True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -381,6 +381,92 @@ def run_side_by_side(engines: list[str]) -> None:
             assert_equal(found, alone)
 
 
+def assert_capture_equals(
+    step: Callable[[], dict[str, torch.Tensor]], change: Callable[[int], Any]
+) -> None:
+    """Three replays, each after a ``change`` of inputs, against the steps themselves."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for replay in range(3):
+        with torch.no_grad():
+            change(replay)
+        graph.replay()
+        replayed = {name: t.clone() for name, t in captured.items()}
+        assert_equal(replayed, step())
+
+
+STACKED = Sizes(100, 5, 8, 40, ragged=True)
+
+
+@pytest.fixture
+def stack_of_three(precision, request, monkeypatch):
+    """A stack, its call, and a function that has it run in so many parts of time."""
+    cell, engine = request.param
+    dtype, _ = PRECISIONS[precision]
+    layer = layer_of(cell, STACKED, num_layers=3, device="cuda", dtype=dtype)
+    force(monkeypatch, engine, layer, STACKED)
+    x, hx, ragged = call_of(layer, STACKED, dtype)
+
+    def in_parts(parts: int) -> dict[str, torch.Tensor]:
+        monkeypatch.setenv("FUSED_RNN_CUDA_WAVEFRONT", str(parts))
+        return run(layer, x, hx, **ragged)
+
+    return layer, (x, hx, ragged), in_parts
+
+
+WAVEFRONTS = [(cell, engine) for cell in ("lstm_peephole", "gru") for engine in ENGINES]
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"], indirect=True)
+@pytest.mark.parametrize("stack_of_three", WAVEFRONTS, indirect=True, ids="-".join)
+def test_wavefronts_obey_the_tolerance_rule(stack_of_three, request):
+    layer, (x, hx, ragged), in_parts = stack_of_three
+    cell = request.node.callspec.params["stack_of_three"][0]
+    for parts in (1, 4, 7):
+        assert_by_the_rule(cell, layer, [(in_parts(parts), x, hx, ragged)], tf32=False)
+
+
+@pytest.mark.parametrize("precision", ["float32"], indirect=True)
+@pytest.mark.parametrize("stack_of_three", WAVEFRONTS, indirect=True, ids="-".join)
+def test_wavefronts_are_deterministic(stack_of_three):
+    """Bitwise: no stream reads what another has not written, or writes what another still reads."""
+    _, _, in_parts = stack_of_three
+    first = in_parts(5)
+    for _ in range(10):
+        for size in (1 << 10, 1 << 18, 1 << 22):
+            torch.full((size,), float("nan"), device="cuda")  # left in the allocator's blocks
+        assert_equal(in_parts(5), first)
+
+
+@pytest.mark.parametrize("precision", ["float32"], indirect=True)
+@pytest.mark.parametrize("stack_of_three", WAVEFRONTS, indirect=True, ids="-".join)
+def test_capture_of_wavefronts(stack_of_three, monkeypatch):
+    layer, (x, hx, ragged), _ = stack_of_three
+    monkeypatch.setenv("FUSED_RNN_CUDA_WAVEFRONT", "4")
+    leaves = {"input": x.requires_grad_(), **dict(layer.named_parameters())}
+
+    def step() -> dict[str, torch.Tensor]:
+        output, final = layer(x, hx, **ragged)
+        loss = output.square().sum() + sum(t.sum() for t in as_tuple(final))
+        grads = torch.autograd.grad(loss, list(leaves.values()))
+        return {"output": output.detach(), **dict(zip(leaves, grads, strict=True))}
+
+    assert_capture_equals(step, lambda _: x.copy_(torch.randn_like(x)))
+
+
+def test_nonsense_asked_of_a_stack(monkeypatch):
+    monkeypatch.setenv("FUSED_RNN_CUDA_WAVEFRONT", "0")
+    with pytest.raises(RuntimeError, match="FUSED_RNN_CUDA_WAVEFRONT to be a positive integer"):
+        fused_rnn.LSTM(8, 8, num_layers=2, device="cuda")(torch.randn(5, 3, 8, device="cuda"))
+
+
 @pytest.mark.parametrize("ragged", [False, True], ids=["dense", "ragged"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("cell", LAYERS)
@@ -440,22 +526,11 @@ def test_capture_in_a_cuda_graph(cell, dtype, engine, monkeypatch):
         grads = torch.autograd.grad(loss, list(leaves.values()))
         return {"output": output.detach(), **dict(zip(leaves, grads, strict=True))}
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    for new_lengths in ([5, 2, 4], [1, 0, 5], [0, 5, 3]):
-        with torch.no_grad():
-            x.copy_(torch.randn_like(x))
-            lengths.copy_(torch.tensor(new_lengths))
-        graph.replay()
-        replayed = {name: t.clone() for name, t in captured.items()}
-        assert_equal(replayed, step())
+    def change(replay: int) -> None:
+        x.copy_(torch.randn_like(x))
+        lengths.copy_(torch.tensor(([5, 2, 4], [1, 0, 5], [0, 5, 3])[replay]))
+
+    assert_capture_equals(step, change)
 
 
 def test_a_graph_of_inference():

@@ -63,7 +63,7 @@ def test_tangents_are_the_references(cell: str, variant: str, H: int) -> None:
     call, primals, rest = problem(cell, variant, H=H)
     tangents = like(primals)
     expected = differentiable.jvp_of(
-        lambda *given: tuple(autograd._by_reference(call, given, rest)), primals, tangents
+        lambda *given: tuple(autograd.by_reference(call, given, rest)), primals, tangents
     )
     assert_near(autograd.Tangent.apply(call, *primals, *tangents, *rest), expected)
 
@@ -73,7 +73,7 @@ def test_tangents_are_the_references(cell: str, variant: str, H: int) -> None:
 def test_second_derivatives_are_the_references(cell: str, variant: str, H: int) -> None:
     """With tangents of the gradients that come in, too; in float64, and float32 near to that."""
     call, primals, rest = problem(cell, variant, H=H)
-    grads = autograd._by_result(call, like(autograd._by_reference(call, primals, rest)))
+    grads = autograd._by_result(call, like(autograd.by_reference(call, primals, rest)))
     given = [*grads, *primals]
     tangents = [None if t is None else torch.randn_like(t) for t in given]
     needed = (True, call[5] > 2, True)

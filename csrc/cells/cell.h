@@ -39,7 +39,7 @@
 // forward_early leaves the early gates in `saved`, first; forward finds them there, and has input_gates
 // and hidden_gates of the last gate alone. On the way back only the first gate waits for the gradient
 // of read: backward leaves that gate out, backward_early returns its gradient and adds to d_prev what
-// flows through read. Such a cell does not split its gates.
+// flows through read. So the first gate acts through read alone, and such a cell does not split its gates.
 //
 // A cell with c is made of two halves, forward_c and forward_h, backward_h and backward_c (lstm.h), because
 // layer normalisation needs the new c of all units before any h.

@@ -1,7 +1,10 @@
 // The register of cells: to add one, include its header and give it a line. Every engine and every op
-// is made from this list.
+// is made from this list. fused_rnn.load_cell compiles the same sources with a list of its own.
 #pragma once
 
+#ifdef FUSED_RNN_USER_CELLS
+#include "user_cells.h"
+#else
 #include "gru.h"
 #include "lstm.h"
 #include "rnn.h"
@@ -16,3 +19,4 @@
   X(lstm_coupled_peephole, LstmCoupledPeephole) \
   X(gru, Gru)                                   \
   X(gru_reset_before, GruResetBefore)
+#endif

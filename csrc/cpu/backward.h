@@ -136,14 +136,15 @@ class Backward {
       input_panels.take_memory(arena, p.L);
       projection_panels.take_memory(arena, p.L);
     }
-    for (auto& state : d_gates_state) state = arena.take<Value>(p.L * p.B * gates_width);
-    d_h_state = arena.take<C>(p.L * p.B * h_width);
-    if (Cell::has_c) d_c_state = arena.take<C>(p.L * p.B * c_width);
-    if (p.projected) d_output_state = arena.take<Value>(p.L * p.B * d_output_width);
+    for (auto& state : d_gates_state) state = arena.take<Value>(order.places(p.L, gates_width));
+    d_h_state = arena.take<C>(order.places(p.L, h_width));
+    if (Cell::has_c) d_c_state = arena.take<C>(order.places(p.L, c_width));
+    if (p.projected) d_output_state = arena.take<Value>(order.places(p.L, d_output_width));
     if (is_varied<Cell>) varied.take_memory(arena);
     if (norm != LayerNorm::none) {
-      if (Cell::has_c) passing_c = arena.take<C>(3 * p.L * p.B * c_width);
-      passing_gates = arena.take<C>((1 + Cell::split_gates) * Cell::gates * p.L * p.B * c_width);
+      if (Cell::has_c) passing_c = arena.take<C>(3 * order.places(p.L, c_width));
+      passing_gates =
+          arena.take<C>((1 + Cell::split_gates) * order.places(p.L, Cell::gates * c_width));
     }
     if (!multiplies()) return;
     places = arena.take<Place>(p.L * parts * chunks.capacity);
@@ -191,12 +192,12 @@ class Backward {
   int64_t phases_per_chunk() const { return recurrence_phases() + (multiplies() ? 1 : 0); }
 
   Value* gates_row(int64_t buffer, int64_t lane, int64_t i) const {
-    return d_gates_state[buffer & 1] + (lane * p.B + i) * gates_width;
+    return d_gates_state[buffer & 1] + order.place(lane, i, gates_width);
   }
-  C* h_row(int64_t lane, int64_t i) const { return d_h_state + (lane * p.B + i) * h_width; }
-  C* c_row(int64_t lane, int64_t i) const { return d_c_state + (lane * p.B + i) * c_width; }
+  C* h_row(int64_t lane, int64_t i) const { return d_h_state + order.place(lane, i, h_width); }
+  C* c_row(int64_t lane, int64_t i) const { return d_c_state + order.place(lane, i, c_width); }
   Value* output_row(int64_t lane, int64_t i) const {
-    return d_output_state + (lane * p.B + i) * d_output_width;
+    return d_output_state + order.place(lane, i, d_output_width);
   }
 
   // Chunks come in reverse, so chunk 0 holds the last steps.
@@ -300,7 +301,8 @@ class Backward {
     const int64_t of_step = phase % phases_per_step();
     if (of_step == 0) return hidden_phase(part, chunk, step);
     if constexpr (Cell::late_gate) return late_phase(part, chunk, step);
-    if (of_step == 1 && p.projected) return projection_phase(part, chunk, step);
+    if constexpr (Cell::has_c)
+      if (of_step == 1 && p.projected) return projection_phase(part, chunk, step);
     if constexpr (is_varied<Cell> && !Cell::late_gate) {
       if constexpr (Cell::has_c)
         if (of_step + 2 == phases_per_step()) return c_phase(part, step);
@@ -397,12 +399,11 @@ class Backward {
                    });
   }
 
-  // Where row i of a block at timestep t stands among the rows of all chunks. Rows have been dealt to
-  // blocks in turn, and a chunk's rows are those of all blocks, so that sums over them do not depend on
-  // how many blocks there are.
+  // Where row i of a block at timestep t stands among the rows of all chunks. A chunk's rows are those of
+  // all blocks, so that sums over them do not depend on how many blocks there are.
   int64_t row_of_chunk(const Part& part, int64_t chunk, int64_t t, int64_t i) const {
     return part.lane * chunks.capacity + chunks.row(0, times_of(part.lane, chunk), t, 0) +
-           (i - order.begin(part.block)) * division.blocks + part.block;
+           order.rank(part.block, i);
   }
 
   HOST_DEVICE void cell_units(const RowStep& row, int64_t step, int64_t i, int64_t chunk_row,
@@ -480,11 +481,12 @@ class Backward {
   }
   // Of c: the gradients of gate o, of c~ by itself, and of the normalised c.
   C* passing_c_row(int which, int64_t lane, int64_t i) const {
-    return passing_c + ((which * p.L + lane) * p.B + i) * c_width;
+    return passing_c + which * order.places(p.L, c_width) + order.place(lane, i, c_width);
   }
   // Of the gates that the cell saw; of hidden gates, where the cell splits them.
   C* passing_gates_row(int which, int64_t lane, int64_t i) const {
-    return passing_gates + ((which * p.L + lane) * p.B + i) * Cell::gates * c_width;
+    return passing_gates + which * order.places(p.L, Cell::gates * c_width) +
+           order.place(lane, i, Cell::gates * c_width);
   }
   // What the halves of step.h add to the gradients of a unit's own weights.
   auto adder(const RowStep& row, int64_t unit) {

@@ -6,6 +6,15 @@
 #include <stdexcept>
 #include <string>
 
+// A sum of 1 for portable, 2 avx2, 4 avx512 and 8 avx512_bf16, which needs avx512.
+#ifndef FUSED_RNN_SETS
+#ifdef __x86_64__
+#define FUSED_RNN_SETS 15
+#else
+#define FUSED_RNN_SETS 1
+#endif
+#endif
+
 namespace fused_rnn {
 
 #define FUSED_RNN_DECLARE(isa)                                   \
@@ -21,16 +30,14 @@ namespace fused_rnn {
   isa::forward_function, isa::backward_function, isa::attention_forward_function, \
       isa::attention_backward_function, isa::dropout_function, isa::multiply_add_function
 FUSED_RNN_DECLARE(portable)
-#if defined(__x86_64__)
 FUSED_RNN_DECLARE(avx2)
 FUSED_RNN_DECLARE(avx512)
 FUSED_RNN_DECLARE(avx512_bf16)
-#endif
 
 namespace cpu {
 namespace {
 
-#if defined(__x86_64__)
+#if FUSED_RNN_SETS & 12
 bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
@@ -38,10 +45,14 @@ bool has_avx512() {
 #endif
 
 const InstructionSet sets[] = {
-#if defined(__x86_64__)
+#if FUSED_RNN_SETS & 8
     {"avx512_bf16", [] { return has_avx512() && __builtin_cpu_supports("avx512bf16"); },
      FUSED_RNN_FUNCTIONS(avx512_bf16)},
+#endif
+#if FUSED_RNN_SETS & 4
     {"avx512", has_avx512, FUSED_RNN_FUNCTIONS(avx512)},
+#endif
+#if FUSED_RNN_SETS & 2
     {"avx2",
      [] {
        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
@@ -49,7 +60,9 @@ const InstructionSet sets[] = {
      },
      FUSED_RNN_FUNCTIONS(avx2)},
 #endif
+#if FUSED_RNN_SETS & 1
     {"portable", [] { return true; }, FUSED_RNN_FUNCTIONS(portable)},
+#endif
 };
 
 const InstructionSet& choose() {

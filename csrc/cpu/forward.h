@@ -97,15 +97,15 @@ class Forward {
     const int64_t teams = p.L * division.blocks;
     input_rows = arena.take<Value>(teams * chunks.capacity * x_width);
     input_gates = arena.take<C>(teams * chunks.capacity * input_panels.count * row_size);
-    h_state[0] = arena.take<Value>(p.L * p.B * h_width);
-    h_state[1] = arena.take<Value>(p.L * p.B * h_width);
-    if (Cell::has_c) c_state = arena.take<C>(p.L * p.B * c_width);
-    if (p.projected || Cell::late_gate) m_state = arena.take<Value>(p.L * p.B * m_width);
-    if (Cell::late_gate) early_state = arena.take<C>(p.L * p.B * early_gates * c_width);
+    h_state[0] = arena.take<Value>(order.places(p.L, h_width));
+    h_state[1] = arena.take<Value>(order.places(p.L, h_width));
+    if (Cell::has_c) c_state = arena.take<C>(order.places(p.L, c_width));
+    if (p.projected || Cell::late_gate) m_state = arena.take<Value>(order.places(p.L, m_width));
+    if (Cell::late_gate) early_state = arena.take<C>(order.places(p.L, early_gates * c_width));
     if (is_varied<Cell>) varied.take_memory(arena);
     if (norm != LayerNorm::none) {
       hidden_gates = arena.take<C>(teams * order.end(0) * input_panels.count * row_size);
-      if (Cell::has_c) new_c = arena.take<C>(2 * p.L * p.B * c_width);
+      if (Cell::has_c) new_c = arena.take<C>(2 * order.places(p.L, c_width));
       normal_gates = arena.take<C>(teams * division.members * 2 * Cell::gates * c_width);
     }
   }
@@ -120,12 +120,12 @@ class Forward {
   int64_t phases_per_chunk() const { return 1 + chunks.steps * phases_per_step(); }
 
   Value* h_row(int64_t buffer, int64_t lane, int64_t i) const {
-    return h_state[buffer & 1] + (lane * p.B + i) * h_width;
+    return h_state[buffer & 1] + order.place(lane, i, h_width);
   }
-  C* c_row(int64_t lane, int64_t i) const { return c_state + (lane * p.B + i) * c_width; }
-  Value* m_row(int64_t lane, int64_t i) const { return m_state + (lane * p.B + i) * m_width; }
+  C* c_row(int64_t lane, int64_t i) const { return c_state + order.place(lane, i, c_width); }
+  Value* m_row(int64_t lane, int64_t i) const { return m_state + order.place(lane, i, m_width); }
   C* early_row(int64_t lane, int64_t i) const {
-    return early_state + (lane * p.B + i) * early_gates * c_width;
+    return early_state + order.place(lane, i, early_gates * c_width);
   }
   Value* input_row(const Part& part, int64_t row) const {
     return input_rows + (part.team * chunks.capacity + row) * x_width;
@@ -176,13 +176,14 @@ class Forward {
         if constexpr (is_varied<Cell> && !Cell::late_gate)
           if (norm != LayerNorm::none) return gates_phase(part, chunk, step);
         if constexpr (Cell::late_gate) return late_phase(part, chunk, step);
-        return projection_phase(part, step);
+        if constexpr (Cell::has_c) return projection_phase(part, step);
+        return;
       case 2:
         if constexpr (is_varied<Cell> && Cell::has_c)
           if (norm != LayerNorm::none) return hidden_phase(part, step);
         [[fallthrough]];
       default:
-        return projection_phase(part, step);
+        if constexpr (Cell::has_c) return projection_phase(part, step);
     }
   }
 
@@ -382,7 +383,7 @@ class Forward {
   }
   // c~, and gate o before its activation.
   C* new_c_row(int which, int64_t lane, int64_t i) const {
-    return new_c + ((which * p.L + lane) * p.B + i) * c_width;
+    return new_c + which * order.places(p.L, c_width) + order.place(lane, i, c_width);
   }
 
   // A row's gates of all units, as a product leaves them.

@@ -10,12 +10,14 @@ Division::Division(const Shape& p, int64_t per_row, int64_t panels, size_t weigh
   const int64_t threads_per_lane = threads / std::max<int64_t>(p.L, 1);
   parallel = threads > 1 && p.T * p.B * p.L * per_row >= 200000;  // waking one costs a few us
   if (!parallel || threads_per_lane < 2) return;
-  // Separate rows need no meeting, but every thread then streams all the weights: worth it while they
-  // fit its own cache and each block still fills its tiles.
-  const bool weights_fit = per_row * weight_bytes <= (size_t(1) << 20);
-  if (weights_fit && p.B >= 8 * threads_per_lane) {
+  // Separate rows need no meeting, which costs 0.2 us between cores that share a cache and 1 us or more
+  // between those that don't. But every thread then streams all the weights: worth it while they nearly
+  // fit its own cache and each block fills most of a tile, or they fit the cache before that.
+  const size_t bytes = per_row * weight_bytes;
+  const int64_t rows = p.B / threads_per_lane;
+  if ((bytes <= (size_t(3) << 19) && rows >= 4) || (bytes <= (size_t(1) << 17) && rows >= 1)) {
     blocks = threads_per_lane;
-  } else if (p.B * per_row >= 65536 * threads_per_lane) {  // a meeting costs about 0.2 us
+  } else if (p.B * per_row >= 65536 * threads_per_lane) {
     members = std::min(threads_per_lane, panels);
   } else {
     blocks = std::min(threads_per_lane, p.B);
@@ -23,7 +25,7 @@ Division::Division(const Shape& p, int64_t per_row, int64_t panels, size_t weigh
 }
 
 RowOrder::RowOrder(const Shape& p, int64_t blocks)
-    : lengths_(p.lengths), T_(p.T), rows_(p.B), begin_(blocks + 1) {
+    : lengths_(p.lengths), T_(p.T), B_(p.B), rows_(p.B), block_(p.B + 1), begin_(blocks + 1) {
   std::vector<int64_t> sorted(p.B);
   std::iota(sorted.begin(), sorted.end(), 0);
   if (lengths_)
@@ -32,7 +34,13 @@ RowOrder::RowOrder(const Shape& p, int64_t blocks)
   int64_t at = 0;
   for (int64_t block = 0; block < blocks; ++block) {
     begin_[block] = at;
-    for (int64_t i = block; i < p.B; i += blocks) rows_[at++] = sorted[i];
+    // Of unequal lengths each block has some. Otherwise neighbours stay together: what a core fetches
+    // ahead of its rows is not what another one writes.
+    const int64_t rows = (p.B - block + blocks - 1) / blocks, first = lengths_ ? block : at;
+    for (int64_t i = 0; i < rows; ++i, ++at) {
+      rows_[at] = sorted[first + i * (lengths_ ? blocks : 1)];
+      block_[at] = block;
+    }
   }
   begin_[blocks] = at;
   if (!lengths_) return;

@@ -31,6 +31,20 @@ class RowOrder {
   int64_t begin(int64_t block) const { return begin_[block]; }
   int64_t end(int64_t block) const { return begin_[block + 1]; }
   int64_t row(int64_t i) const { return rows_[i]; }
+  // Where row i of `block` stands among all rows by falling length.
+  int64_t rank(int64_t block, int64_t i) const {
+    const auto blocks = static_cast<int64_t>(begin_.size()) - 1;
+    return lengths_ ? (i - begin(block)) * blocks + block : i;
+  }
+
+  // Of an array with `width` values for each row of each lane, where a row's begin, and how many there are.
+  // Blocks lie apart: what one core fetches ahead of its rows is not what another writes in every step.
+  int64_t place(int64_t lane, int64_t i, int64_t width) const {
+    return (lane * B_ + i) * width + (lane * (begin_.size() - 1) + block_[i]) * apart;
+  }
+  int64_t places(int64_t lanes, int64_t width) const {
+    return lanes * (B_ * width + (begin_.size() - 1) * apart);
+  }
 
   // The end of the rows of `block` that take part in timestep t.
   int64_t active_end(int64_t block, int64_t t) const {
@@ -42,9 +56,10 @@ class RowOrder {
   }
 
  private:
+  static constexpr int64_t apart = 512;  // values
   const int64_t* lengths_;
-  const int64_t T_;
-  std::vector<int64_t> rows_, begin_, before_;
+  const int64_t T_, B_;
+  std::vector<int64_t> rows_, block_, begin_, before_;
 };
 
 // Time in chunks: chunk c is the timesteps that the c-th `steps` steps of a lane process. The rows that

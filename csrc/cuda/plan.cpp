@@ -23,6 +23,8 @@ struct Costs {
   double launch = 2.3;        // microseconds of a small kernel in a stream
   double memory = 3.0e6;      // bytes per microsecond that a product reads weights with
   double flops = 250e6;       // per microsecond that a large product does
+  double begin = 15;  // microseconds until a recurrence is at its first step, products included
+  double host = 150;  // microseconds that Python and launches take around each
 };
 
 bool has_mma(const Task& task) {
@@ -94,11 +96,12 @@ Candidate per_step(const Task& task) {
           task.needs ? std::string("the only engine with ") + task.needs
                      : "a product and a kernel for each timestep",
           modelled ? product + costs.launch : 0,
-          0};
+          0,
+          1};
 }
 
 Candidate impossible(const Task& task, Engine engine, const std::string& why) {
-  return {{engine, task.tf32, 1, 1, 1, 1, 1}, false, why, 0, 0};
+  return {{engine, task.tf32, 1, 1, 1, 1, 1}, false, why, 0, 0, 0};
 }
 
 std::string describe(const Task& task, const Layout& layout) {
@@ -136,7 +139,7 @@ Candidate best(const Task& task, const Chip& chip, Engine engine, const std::vec
       layout.teams = static_cast<int>(teams);
       const double time = predict(task, chip, layout);
       if (!found.possible || time < found.microseconds_per_step)
-        found = {layout, true, "", time, 0};
+        found = {layout, true, "", time, 0, 1};
     }
   }
   if (found.possible) {
@@ -160,7 +163,9 @@ Candidate cluster(const Task& task, const Chip& chip) {
   const std::string why = "the recurrent matrix of " + number(task.gates * task.H) + " x " +
                           number(task.H) + " does not fit into a cluster of " +
                           number(sizes.empty() ? 0 : sizes.back()) + " blocks";
-  return best(task, chip, Engine::persistent_cluster, sizes, teams_of, why);
+  Candidate found = best(task, chip, Engine::persistent_cluster, sizes, teams_of, why);
+  if (found.possible) found.side_by_side = teams_of(found.layout.team) / found.layout.teams;
+  return found;
 }
 
 Candidate grid(const Task& task, const Chip& chip) {
@@ -236,6 +241,35 @@ std::vector<Candidate> candidates(const Task& task, const Chip& chip, const char
 
 Layout choose(const Task& task, const Chip& chip, const char* engine) {
   return candidates(task, chip, engine).front().layout;
+}
+
+Wavefront wavefront(Task task, int layers, bool training, bool captured, const Chip& chip,
+                    const char* engine) {
+  const Costs costs;
+  double step = 0;
+  int room = layers;
+  for (const bool backward : {false, true}) {
+    if (backward && !training) break;
+    task.backward = backward;
+    const Candidate taken = candidates(task, chip, engine).front();
+    if (taken.microseconds_per_step == 0) return {1, 0, 0};
+    step += taken.microseconds_per_step;
+    room = std::min(room, taken.side_by_side);
+  }
+  const int passes = training ? 2 : 1;
+  const auto predicted = [&](int parts) {
+    // One after the other a part of every layer; with room for fewer, so many at a time.
+    const double rounds = std::max(layers + parts - 1.0, std::ceil(double(layers) * parts / room));
+    const double on_chip = rounds * (step * double(ceil_div(task.T, parts)) + passes * costs.begin);
+    return captured ? on_chip : std::max(on_chip, passes * costs.host * layers * parts);
+  };
+  Wavefront found{1, predicted(1), predicted(1)};
+  for (const int parts : {2, 4, 8, 16, 32}) {
+    // Not for little: none of this has been measured.
+    if (predicted(parts) < std::min(0.9 * found.in_one_part, found.microseconds))
+      found = {parts, predicted(parts), found.in_one_part};
+  }
+  return found;
 }
 
 }  // namespace fused_rnn::cuda

@@ -48,6 +48,7 @@ struct Candidate {
   std::string why;               // not, or else what the time is made of
   double microseconds_per_step;  // predicted; 0 where the model has nothing to say
   size_t shared_bytes;           // of each thread block; 0 in per_step
+  int side_by_side;              // how many such recurrences the chip has room for
 };
 
 // All engines, the one that is taken first: the fastest, or `engine` unless that is null or empty. What
@@ -57,6 +58,17 @@ std::vector<Candidate> candidates(const Task& task, const Chip& chip, const char
 
 // How the first of them runs.
 Layout choose(const Task& task, const Chip& chip, const char* engine);
+
+// How a stack of layers runs (fused_rnn/stack.py): in parts of time, as a wavefront, or in one.
+struct Wavefront {
+  int parts;
+  double microseconds,
+      in_one_part;  // predicted, of the whole stack; 0 where there is no prediction
+};
+
+// `training`: forward and backward. `captured` into a CUDA graph: no host slows its launches down.
+Wavefront wavefront(Task task, int layers, bool training, bool captured, const Chip& chip,
+                    const char* engine);
 
 // The current device.
 Chip chip_at_hand();

@@ -1,10 +1,8 @@
-"""How results are shown: the progress bar, the table in 80 columns, the JSON file."""
+"""How results are shown in a terminal: the progress bar, tables in 80 columns."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -13,13 +11,24 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from . import results, transforms
+from . import compare, transforms
 from .layers import Row, geometric_means
+from .model import WHOLE, share
 from .shapes import MODES
 
 LEGEND = (
     "Milliseconds per call, float32. x: the peer's time over ours, median over rounds\n"
     "in turns; above 1 ours is faster. Mean: geometric. Results were checked first."
+)
+
+MODEL_LEGEND = (
+    "Milliseconds for a call of the model, before and after fused_rnn.convert; x:\n"
+    "before over after, median over rounds in turns. Layers are timed alone, on the\n"
+    "inputs that the model gives them. Results were checked first."
+)
+COMPARED_LEGEND = (
+    "x: the peer's time over ours. Its change decides, since both sides took turns in\n"
+    "one process; noise: changes up to that are none. time: change of our time alone."
 )
 
 
@@ -55,8 +64,8 @@ def headline(machine: dict[str, Any], device: str) -> str:
 def table(rows: Sequence[Row], what: str, peer: str, peak_flops: float | None = None) -> Table:
     """One line per cell and shape, forward and training side by side, a mean under each cell.
 
-    ``what`` heads the first column, ``peer`` the peer's times. With ``peak_flops`` the peer's times
-    make room for our operations a second and their share of that.
+    All rows are against one peer. ``what`` heads the first column, ``peer`` the peer's times. With
+    ``peak_flops`` the peer's times make room for our operations a second and their share of that.
     """
     result = Table(
         box=box.SIMPLE_HEAD,
@@ -78,12 +87,13 @@ def table(rows: Sequence[Row], what: str, peer: str, peak_flops: float | None = 
         for shape in _in_order(row.shape for row in mine):
             line: list[str | Text] = [cell, str(shape)]
             for mode in MODES:
-                row = next(r for r in mine if (r.shape, r.mode) == (shape, mode))
-                line += _cells(row, peak_flops)
+                row = next((r for r in mine if (r.shape, r.mode) == (shape, mode)), None)
+                nothing = [""] * (3 if peak_flops is None else 4)
+                line += nothing if row is None else _cells(row, peak_flops)
             result.add_row(*line)
         line = [Text(cell, "bold"), Text("mean", "bold")]
         for mode in MODES:
-            mean = means.get((cell, mode))
+            mean = means.get((cell, mode, mine[0].peer))
             bold = Text("-" if mean is None else f"{mean:.2f}", "bold")
             line += ["", "", bold] if peak_flops is None else ["", bold, "", ""]
         result.add_row(*line, end_section=True)
@@ -112,21 +122,6 @@ def failures(rows: Iterable[Row]) -> list[str]:
         for row in rows
         if not row.check.passed
     ]
-
-
-def write_json(path: Path, command: str, machine: dict[str, Any], rows: Sequence[Row]) -> None:
-    """Everything that was measured; ``format`` counts up when a key changes its meaning."""
-    document = {
-        "format": 1,
-        "command": command,
-        "machine": machine,
-        "rows": [{**dataclasses.asdict(row), "shape": dict(row.shape._asdict())} for row in rows],
-        "geometric_means": [
-            {"cell": cell, "mode": mode, "ratio": ratio}
-            for (cell, mode), ratio in geometric_means(rows).items()
-        ],
-    }
-    results.write_json(path, document)
 
 
 def _cells(row: Row, peak_flops: float | None) -> list[str | Text]:
@@ -178,3 +173,67 @@ def costs_table(costs: Sequence[transforms.Cost]) -> Table:
         found = {c.cell: c.ratio for c in costs if (c.what, c.library) == (what, library)}
         result.add_row(what, library, *(f"{found[cell]:.2f}" for cell in cells))
     return result
+
+
+def model_table(rows: Sequence[Row]) -> Table:
+    """The whole model, then each layer alone: milliseconds before and after, and the ratio."""
+    modes = _in_order(row.mode for row in rows)
+    result = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    result.add_column("layer", overflow="fold")
+    result.add_column("T,B,I,H")
+    for mode in modes:
+        for head in (f"{mode}\nbefore", "\nafter", "\nx"):
+            result.add_column(head, justify="right", no_wrap=True)
+    for name in _in_order(row.cell for row in rows):
+        found = {row.mode: row for row in rows if row.cell == name}
+        line: list[str | Text] = [name, str(next(iter(found.values())).shape)]
+        for mode in modes:
+            ours, peer, ratio = _cells(found[mode], None) if mode in found else ("", "", "")
+            line += [peer, ours, ratio]
+        result.add_row(*line, end_section=name == WHOLE)
+    return result
+
+
+def model_shares(rows: Sequence[Row]) -> list[str]:
+    """How much of the model's time is RNN."""
+    lines = []
+    for mode in _in_order(row.mode for row in rows):
+        found = share(rows, mode)
+        if found is not None:
+            lines.append(
+                f"{mode}: recurrent layers take {found[0]:.0%} of the model's time before, "
+                f"{found[1]:.0%} after"
+            )
+    return lines
+
+
+def compared_table(found: Sequence[compare.Compared]) -> Table:
+    """One line per row: the ratio to the peer in both files, its change, and the verdict."""
+    result = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    result.add_column("row", overflow="fold")
+    result.add_column("mode")
+    for head in ("x in A", "x in B", "change", "noise", "time"):
+        result.add_column(head, justify="right", no_wrap=True)
+    result.add_column("verdict", no_wrap=True)
+    dtypes = _in_order(each.record.dtype for each in found)
+    colours = {compare.FASTER: "green", compare.SAME: "", compare.REPAIRED: "green"}
+    for each in found:
+        record = each.record
+        name = f"{record.cell} {record.case}{f' {record.dtype}' if len(dtypes) > 1 else ''}"
+        if record.peer != "torch.nn":
+            name += f", against {record.peer}"
+        bad = "bold red" if each.verdict in compare.REGRESSIONS else "yellow"
+        result.add_row(
+            name,
+            record.mode,
+            *("" if r is None or r.ratio is None else f"{r.ratio:.2f}" for r in each[:2]),
+            _percent(each.change),
+            "" if each.noise is None else f"{each.noise - 1:.0%}",
+            _percent(each.time_change),
+            Text(each.verdict, colours.get(each.verdict, bad)),
+        )
+    return result
+
+
+def _percent(factor: float | None) -> str:
+    return "" if factor is None else f"{round(100 * (factor - 1)):+d}%"
