@@ -536,7 +536,6 @@ def sweep(
         expected = max(usual, case.expected_s) if on_gpu else usual
         if case.key in done or (seconds is not None and elapsed + expected > seconds):
             continue
-        file.begin(case)
         guard(COMPILED_ROW_LIMIT_S if case.library else ROW_LIMIT_S)
         began = time.perf_counter()
         try:
@@ -544,6 +543,7 @@ def sweep(
             if why is not None:
                 file.leave_out(case, why)
                 continue
+            file.begin(case)  # a row left out never ran, so it cannot be lost
             effort = GPU_EFFORT if on_gpu else DRY_EFFORT
             uncaptured = sum(row["captured"] is False for row in file.rows)
             graphs = on_gpu and uncaptured < CAPTURE_FAILURES

@@ -167,6 +167,19 @@ def test_killed_sweep_leaves_its_rows_and_goes_on(tmp_path: Path) -> None:
     assert results.main(["unfinished", str(tmp_path)]) == 1
 
 
+def test_row_left_out_is_never_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "sweep.json"
+    every, subset = gpu.plan()
+    cases = [case for case in every[:subset] if case.key in LEFT_OUT]
+    assert [case.key for case in cases] == LEFT_OUT
+    under_way = []
+    monkeypatch.setattr(
+        gpu.results, "write_json", lambda _, found: under_way.append(found["running"])
+    )
+    assert gpu.sweep(cases, CPU, path) == 0
+    assert under_way == [None]
+
+
 def test_time_that_is_over_begins_no_row(tmp_path: Path) -> None:
     every, _ = gpu.plan()
     assert gpu.sweep(every[:3], CPU, tmp_path / "sweep.json", seconds=-1) == 0
