@@ -15,6 +15,7 @@ complex tensors carry. What differentiates Second, and the jvp of Tangent, go th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -508,10 +509,13 @@ def by_reference(
         (*x.shape[:2], lane_count), sizes, (variation.zoneout_h, variation.zoneout_c),
         variation.recurrent_dropout, seed, x,
     )  # fmt: skip
-    output, h_n, c_n, cells = reference.layer(
-        traits.name, x, hx, cx if traits.has_c else None, lanes, lengths, resets, directions,
-        factors, variation.layer_norm_eps, trace,
-    )  # fmt: skip
+    # As an op: autocast has had its say about the arguments.
+    autocast = torch._C._is_any_autocast_enabled()
+    with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
+        output, h_n, c_n, cells = reference.layer(
+            traits.name, x, hx, cx if traits.has_c else None, lanes, lengths, resets, directions,
+            factors, variation.layer_norm_eps, trace,
+        )  # fmt: skip
     if exists is not None:
         output, cells = output[exists], None if cells is None else cells[exists]
     like = primals[0].dtype

@@ -36,7 +36,8 @@ def convert(model: M) -> M:
     The twins share the Parameter objects, so optimizers, tied weights and state_dicts stay valid;
     buffers, hooks, parametrizations, training mode and attributes come along. A subclass keeps its
     own methods, and what it inherits becomes fused. A layer that several parents hold is replaced
-    by one twin in all of them. What TorchScript has compiled is left alone.
+    by one twin in all of them. What TorchScript has compiled is left alone, ``layer.compile()`` is
+    to be called again.
 
     Args:
         model: any module. Only references held as submodules are replaced; a layer that is also
@@ -50,10 +51,11 @@ def convert(model: M) -> M:
             the module that it gathers them into. The model is left as it was; convert it first.
 
     Warns:
-        UserWarning: an LSTM of torchaudio's is left alone, since its results would not be the same:
-            its two normalisations differ in eps, or a submodule of it was replaced or has hooks (as
-            old-style ``weight_norm`` sets). The message names the layer, what was
-            expected and what is given.
+        UserWarning: a layer is left alone, since its results would not be the same. A subclass has
+            an attribute or a method that the fused layer has, too (``zoneout``, say); forward was
+            replaced in the layer alone, or torch.compile has compiled just this layer. Of an LSTM
+            of torchaudio's two normalisations differ in eps, or a submodule was replaced or has
+            hooks (as old-style ``weight_norm`` sets). The message names the layer and the reason.
     """
     twins: dict[nn.Module, nn.Module] = {}
 
@@ -64,9 +66,11 @@ def convert(model: M) -> M:
 
     def has_twin(module: nn.Module | None, name: str) -> bool:
         layer = None if module is None else _known_layer(type(module))
-        if layer is None or layer in _FUSED:
-            return layer is not None
-        reason = torchaudio.refusal(module)  # type: ignore[arg-type]
+        if module is None or layer is None:
+            return False
+        reason = _refusal(module, layer) if layer in _FUSED else torchaudio.refusal(module)  # type: ignore[arg-type]
+        if reason is None and name.rpartition(".")[2] == "_orig_mod":
+            reason = "torch.compile has bound it; convert before compiling"
         if reason is not None:
             warnings.warn(f"fused_rnn.convert leaves {name} as it is: {reason}", stacklevel=3)
         return reason is None
@@ -82,6 +86,7 @@ def convert(model: M) -> M:
     if has_twin(model, type(model).__name__):
         model = twin(model)  # type: ignore[assignment]
     for path, parent in list(model.named_modules()):
+        parent = twins.get(parent, parent)  # a layer may hold others, and be replaced by now
         for name, child in parent._modules.items():
             if has_twin(child, f"{path}.{name}".removeprefix(".")):
                 parent._modules[name] = twin(child)  # type: ignore[arg-type]
@@ -94,6 +99,28 @@ def _known_layer(cls: type) -> type[nn.Module] | None:
         return None
     known = (base for base in cls.__mro__ if base in _FUSED or torchaudio.is_predictor_lstm(base))
     return next(known, None)
+
+
+def _refusal(module: nn.Module, layer: type[nn.Module]) -> str | None:
+    """Why ``module``, a ``layer`` of torch.nn or derived from it, would not be the same fused."""
+    if "forward" in vars(module):
+        return "its forward has been replaced, by a function that is bound to it"
+    mro = type(module).__mro__
+    its_own = {
+        *vars(module), *module._modules, *module._parameters, *module._buffers,
+        *(name for base in mro[: mro.index(layer)] for name in vars(base)),
+    }  # fmt: skip
+    ours = {
+        name
+        for base in _FUSED[layer].__mro__
+        if base.__module__ == modules.__name__
+        for name in vars(base)
+        if not name.startswith("__") and not hasattr(layer, name)
+    }
+    shared = sorted(its_own & ours)
+    return (
+        f"the fused layer has {', '.join(shared)} of its own; rename it there" if shared else None
+    )
 
 
 def _twin(module: nn.Module, replaces: bool) -> nn.Module:
@@ -111,8 +138,13 @@ def _twin(module: nn.Module, replaces: bool) -> nn.Module:
     for key, value in module.__dict__.items():
         # Containers are copied and what they hold is shared, as in copy.copy of each; but a twin
         # that takes the module's place takes over its hooks: their handles know only these dicts.
-        copied = isinstance(value, (dict, list)) and not (replaces and key.endswith("_hooks"))
+        copied = isinstance(value, (dict, list, set)) and not (replaces and key.endswith("_hooks"))
         result.__dict__[key] = value.copy() if copied else value
+    result._compiled_call_impl = None  # of layer.compile(): it would call the module
+    hooks: dict[int, Any] = result._load_state_dict_pre_hooks
+    for number, hook in hooks.items():
+        if getattr(hook, "with_module", False):  # these keep the module, as one to call them with
+            hooks[number] = type(hook)(hook.hook, result)
     return result
 
 

@@ -303,8 +303,12 @@ def op_calls(
     """
     twin = object.__new__(type(layer))
     twin.__dict__ |= layer.__dict__ | others | {"training": training}
-    with torch.no_grad(), Recorder() as recorder:
-        twin._run(*arguments)
+    before = stack.in_one_part.set(True)
+    try:
+        with torch.no_grad(), Recorder() as recorder:
+            twin._run(*arguments)
+    finally:
+        stack.in_one_part.reset(before)
     return recorder.seen
 
 

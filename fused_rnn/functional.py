@@ -66,10 +66,8 @@ def lstm(
     Raises:
         RuntimeError: a shape, dtype or device does not fit; the message names the argument.
     """
-    h, c = (None, None) if hx is None else hx
     results = run(
-        lstm_cell(peephole, coupled), input, () if h is None or c is None else (h, c), params,
-        has_biases, num_layers,
+        lstm_cell(peephole, coupled), input, _states(hx, 2), params, has_biases, num_layers,
         dropout, train, bidirectional, batch_first, lengths, resets, return_cells,
         options=check_options(
             True, layer_norm, layer_norm_eps, zoneout, recurrent_dropout, weight_dropout
@@ -103,7 +101,7 @@ def gru(
     Arguments as ``lstm``, hx (num_layers * D, B, H). Returns output (T, B, D * H), h_n.
     """
     output, h_n = run(
-        gru_cell(reset_after), input, () if hx is None else (hx,), params, has_biases, num_layers,
+        gru_cell(reset_after), input, _states(hx, 1), params, has_biases, num_layers,
         dropout, train, bidirectional, batch_first, lengths, resets,
         options=check_options(
             False, layer_norm, layer_norm_eps, zoneout, recurrent_dropout, weight_dropout
@@ -137,7 +135,7 @@ def rnn(
     Arguments as ``lstm``, hx (num_layers * D, B, H). Returns output (T, B, D * H), h_n.
     """
     output, h_n = run(
-        rnn_cell(nonlinearity), input, () if hx is None else (hx,), params, has_biases, num_layers,
+        rnn_cell(nonlinearity), input, _states(hx, 1), params, has_biases, num_layers,
         dropout, train, bidirectional, batch_first, lengths, resets,
         options=check_options(
             False, layer_norm, layer_norm_eps, zoneout, recurrent_dropout, weight_dropout
@@ -161,6 +159,19 @@ def rnn_cell(nonlinearity: str) -> str:
     if nonlinearity not in ("tanh", "relu"):
         raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
     return f"rnn_{nonlinearity}"
+
+
+def _states(hx: Any, count: int) -> tuple[Tensor, ...]:
+    """The initial states: ``count`` of them, or none for zeros."""
+    if hx is None:
+        return ()
+    states = (hx,) if count == 1 else tuple(hx) if isinstance(hx, (tuple, list)) else ()
+    if len(states) == count and all(isinstance(state, Tensor) for state in states):
+        return states
+    expected = "a tensor" if count == 1 else "a tuple of two tensors, h and c,"
+    kinds = [type(each).__name__ for each in hx] if isinstance(hx, (tuple, list)) else []
+    given = f"{type(hx).__name__}" + (f" of {', '.join(kinds)}" if kinds else "")
+    raise TypeError(f"hx should be {expected} or None, got: {given}")
 
 
 class Options(NamedTuple):
@@ -352,6 +363,11 @@ def run(
     With ``batch_sizes`` sequences are the data of a PackedSequence, (N, I) and so on, and resets
     are (T, B). That is for those inputs that ``takes_packed`` says yes to.
     """
+    if num_layers < 1 or len(params) < 2:
+        raise RuntimeError(
+            "Expected params of at least one layer, weight_ih and weight_hh, got "
+            f"{len(params)} params for {num_layers} layers"
+        )
     dims = 3 if batch_sizes is None else 2
     if input.dim() != dims:
         raise RuntimeError(f"input must have {dims} dimensions, got {input.dim()}")
@@ -400,10 +416,15 @@ def run(
             final[2] = cells.transpose(0, 1) if batch_first else cells
         if batch_first:
             output = output.transpose(0, 1)
-        if given is not None and cell.startswith("gru") and input.is_cpu:
-            # Under autocast on the CPU torch.nn's GRU (and its GRUCell and LSTMCell) end in ops
-            # that autocast leaves alone, so that their results have the dtype of the states given.
-            output, final = output.to(given), [final[0].to(given)]
+        if given is not None and input.is_cpu:
+            # Under autocast on the CPU torch.nn's GRU (and its GRUCell and LSTMCell, and LSTM
+            # wherever oneDNN is not asked) ends in ops that autocast leaves alone, so that results
+            # have the dtype of the states given.
+            H, heads = _hidden_size(cell, params[1])
+            if cell == "lstm" and not heads and params[1].shape[1] != H:
+                final[1] = final[1].to(given)
+            elif cell.startswith("gru") or (cell == "lstm" and batch_sizes is not None):
+                output, *final = (t.to(given) for t in (output, *final))
         return output, *final
     return results
 
@@ -566,7 +587,7 @@ def _check(
     gates, unit_weights = ops.CELLS[cell].gates, ops.CELLS[cell].unit_weights
     projected = each > ops.CELLS[cell].weights(has_biases, layer_norm)
     H, heads = _hidden_size(cell, params[1])
-    P = params[each - 1 - (unit_weights > 0)].shape[0] if projected else H
+    P = params[4 if has_biases else 2].shape[0] if projected else H
     dtype, device = input.dtype, input.device
     for i, tensor in enumerate(params):
         lane, kind = divmod(i, each)

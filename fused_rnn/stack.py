@@ -18,6 +18,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from contextvars import ContextVar
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -27,6 +28,10 @@ from torch import Tensor
 from . import autograd, composed, ops
 
 VARIABLE = "FUSED_RNN_CUDA_WAVEFRONT"
+
+
+# For whoever wants to see every layer called once.
+in_one_part = ContextVar("in_one_part", default=False)
 
 
 class LayerCall(Protocol):
@@ -68,6 +73,8 @@ def run(
     Returns:
         output of the last layer, the final states of all layers, and the cells if wanted.
     """
+    if in_one_part.get():
+        parts = 1
     top = len(weights) - 1
     streams: Sequence[Any] = _streams(input.device, top) if parts > 1 else (None,) * (top + 1)
     left = list(states)

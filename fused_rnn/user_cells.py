@@ -10,6 +10,7 @@ import re
 import shlex
 import shutil
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -29,6 +30,7 @@ _SETS = {
 }
 
 _layers: dict[str, type[_OfUser]] = {}  # by the name of the cell's ops
+_loading = threading.RLock()  # two libraries with one cell end the process
 _attempts: dict[str, int] = {}  # at compiling a library
 
 
@@ -69,7 +71,8 @@ def load_cell(
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the header has no such struct.
-        RuntimeError: it does not compile, or there is no compiler, ninja or pybind11.
+        RuntimeError: it does not compile, there is no compiler, ninja or pybind11, or the folder
+            for extensions cannot be written.
     """
     header = Path(path).resolve()
     if not header.is_file():
@@ -78,12 +81,22 @@ def load_cell(
     struct = struct or _in_capitals(header.stem)
     if not re.search(rf"\bstruct\s+{re.escape(struct)}\b".encode(), text):
         raise ValueError(f"Expected a struct {struct} in {path}; struct= names another")
-    name = f"{_with_underscores(struct)}_{_digest(text)}"
-    if name not in _layers:
-        (traits,) = ops.add_cells(_library(name, struct, header, verbose))
-        _layers[name] = _layer_class(struct, name, traits, header)
-    _take_reference(name, struct, reference)
-    return _layers[name]
+    name = f"{_with_underscores(struct)}_{_digest(*_texts(header, {}).values())}"
+    with _loading:
+        if name not in _layers:
+            (traits,) = ops.add_cells(_library(name, struct, header, verbose))
+            _layers[name] = _layer_class(struct, name, traits, header)
+        _take_reference(name, struct, reference)
+        return _layers[name]
+
+
+def _texts(header: Path, found: dict[Path, bytes]) -> dict[Path, bytes]:
+    """Of a header and of the files beside it that it includes."""
+    if header.is_file() and header not in found:
+        found[header] = header.read_bytes()
+        for name in re.findall(rb'^\s*#\s*include\s*"([^"\n]+)"', found[header], re.MULTILINE):
+            _texts((header.parent / os.fsdecode(name)).resolve(), found)
+    return found
 
 
 def __getattr__(name: str) -> Any:
@@ -199,8 +212,15 @@ def _library(name: str, struct: str, header: Path, verbose: bool) -> ModuleType:
     )  # fmt: skip
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
     folder = Path(root) / "fused_rnn" / f"{name}_{state}"
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "locked", "w") as lock:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        locked = open(folder / "locked", "w")  # noqa: SIM115
+    except OSError as error:
+        raise RuntimeError(
+            f"{header} is compiled in {folder}, which cannot be written ({error}): set "
+            "TORCH_EXTENSIONS_DIR to a folder that can"
+        ) from error
+    with locked as lock:
         # Let go even by a process that is killed, unlike torch's own, which is then left over.
         fcntl.flock(lock, fcntl.LOCK_EX)
         (folder / "lock").unlink(missing_ok=True)

@@ -143,8 +143,9 @@ def gates(
         axes.set_visible(False)
     for axes, name in zip(grid.flat, names, strict=False):
         drawn = values[name][:T, row].T.cpu()
-        if units is not None and not (name == "h" and layer.proj_size):
-            drawn = drawn[list(units)]
+        chosen = None if name == "h" and layer.proj_size else units
+        if chosen is not None:
+            drawn = drawn[list(chosen)]
         within = bool(((drawn >= 0) & (drawn <= 1)).all())
         if name in _SHARES or (name not in _TITLES and within):
             scale = {"vmin": 0, "vmax": 1, "cmap": "viridis"}
@@ -157,9 +158,10 @@ def gates(
         coupled = name == "f" and "i" not in values and "g" in values
         axes.set_title(_TITLES.get(name, name) + " (input gate 1 - f)" * coupled, fontsize=11)
         if labels is not None:
-            axes.set_xticks(range(T), labels, rotation=90 if max(map(len, labels)) > 3 else 0)
-        if units is not None and len(drawn) == len(units):
-            axes.set_yticks(range(len(units)), [str(unit) for unit in units])
+            rotation = 90 if max(map(len, labels), default=0) > 3 else 0
+            axes.set_xticks(range(T), labels, rotation=rotation, parse_math=False)
+        if chosen is not None:
+            axes.set_yticks(range(len(chosen)), [str(unit) for unit in chosen])
         figure.colorbar(image, ax=axes)
     figure.supxlabel("timestep")
     figure.supylabel("unit")
@@ -199,7 +201,8 @@ def alignment(
         weights.detach().T.float().cpu().numpy(), vmin=0, vmax=1, cmap="Blues", aspect="auto"
     )
     for ticks, tokens in ((axes.set_xticks, target), (axes.set_yticks, source)):
-        ticks(range(len(tokens)), [token.replace(" ", "␣") for token in tokens])
+        written = [token.replace(" ", "␣") for token in tokens]
+        ticks(range(len(tokens)), written, parse_math=False)
     axes.xaxis.set_ticks_position("bottom")
     if max(map(len, target), default=0) > 3:
         axes.tick_params(axis="x", rotation=90)

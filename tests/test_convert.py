@@ -435,6 +435,128 @@ def test_load_state_dict_after_conversion():
     torch.testing.assert_close(model(data(5, 2, 4)), donor(data(5, 2, 4)), **CLOSE)
 
 
+class Zoneout(nn.LSTM):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.zoneout = 0.5
+
+    def forward(self, input, hx=None):
+        output, states = super().forward(input, hx)
+        return output * self.zoneout, states
+
+
+class Normalised(nn.GRU):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.layer_norm = nn.LayerNorm(self.hidden_size)
+
+    def forward(self, input, hx=None):
+        return self.layer_norm(super().forward(input, hx)[0])
+
+
+class Stepped(nn.LSTMCell):
+    def _step(self, input):
+        return super().forward(input)
+
+    def forward(self, input):
+        return self._step(input)
+
+
+@pytest.mark.parametrize(
+    ("cls", "names"),
+    [(Zoneout, "zoneout"), (Normalised, "layer_norm"), (Stepped, "_step")],
+)
+def test_subclass_whose_names_mean_something_else_is_left_alone(cls, names):
+    layer = cls(4, 3).double()
+    model = nn.ModuleDict({"inner": layer, "other": nn.GRU(4, 3).double()})
+    input = data(2, 4) if cls is Stepped else data(5, 2, 4)
+    before = flat(layer(input))
+    with pytest.warns(UserWarning, match=f"leaves inner as it is: the fused layer has {names} of"):
+        convert(model)
+    assert model["inner"] is layer
+    assert isinstance(model["other"], fused_rnn.GRU)
+    assert all(torch.equal(a, b) for a, b in zip(flat(layer(input)), before, strict=True))
+
+
+@every
+def test_names_that_are_set_on_a_plain_layer(name):
+    layer = TORCH[name](4, 3)
+    layer.recurrent_dropout = nn.Dropout(0.1)
+    with pytest.warns(UserWarning, match="recurrent_dropout"):
+        assert convert(layer) is layer
+
+
+def test_layer_inside_a_subclass():
+    class Holds(nn.LSTM):
+        def __init__(self):
+            super().__init__(4, 4)
+            self.inner = nn.GRU(4, 4)
+
+        def forward(self, input):
+            return super().forward(self.inner(input)[0])
+
+    model = nn.Sequential(Holds()).double()
+    original = model[0]
+    assert_converts(model, data(5, 2, 4))
+    assert isinstance(model[0].inner, fused_rnn.GRU)
+    assert type(original.inner) is nn.GRU
+
+
+def test_layer_that_was_compiled():
+    model = nn.Sequential(nn.LSTM(4, 4, 2, dropout=0.5)).double()
+    model[0].compile(backend="eager")
+    convert(model)
+    model.eval()
+    first, second = (model(data(5, 2, 4))[0] for _ in range(2))
+    assert torch.equal(first, second)
+    assert isinstance(model[0], fused_rnn.LSTM)
+
+
+def test_layer_that_torch_compile_has_bound():
+    compiled = nn.Sequential(torch.compile(nn.LSTM(4, 4), backend="eager"))
+    with pytest.warns(UserWarning, match=r"leaves 0\._orig_mod .* convert before compiling"):
+        convert(compiled)
+    assert type(compiled[0]._orig_mod) is nn.LSTM
+    whole = torch.compile(nn.Sequential(nn.LSTM(4, 4)), backend="eager")
+    convert(whole)
+    assert isinstance(whole._orig_mod[0], fused_rnn.LSTM)
+
+
+def test_layer_with_a_forward_of_its_own():
+    layer = nn.GRU(4, 4)
+    layer.forward = types.MethodType(lambda self, input: nn.GRU.forward(self, 2 * input), layer)
+    with pytest.warns(UserWarning, match="its forward has been replaced"):
+        assert convert(layer) is layer
+
+
+@pytest.mark.parametrize("replaces", [True, False])
+def test_hooks_before_loading_know_the_twin(replaces):
+    layer, seen = nn.LSTM(4, 4), []
+    handle = layer.register_load_state_dict_pre_hook(lambda module, *rest: seen.append(module))
+    model = nn.Sequential(layer)
+    if replaces:
+        convert(model)
+        twin = model[0]
+    else:
+        twin = convert(layer)
+        layer.load_state_dict(layer.state_dict())
+        assert seen.pop() is layer
+    del layer
+    gc.collect()
+    twin.load_state_dict(twin.state_dict())
+    assert seen.pop() is twin
+    if replaces:
+        handle.remove()
+        twin.load_state_dict(twin.state_dict())
+        assert seen == []
+
+
+def test_bare_layer_shares_no_sets():
+    layer = nn.LSTM(4, 4)
+    convert(layer).register_buffer("mine", torch.zeros(1), persistent=False)
+    assert layer._non_persistent_buffers_set == set()
+
+
 def test_twice_is_once():
     model = convert(nn.Sequential(nn.LSTM(4, 3), Plain(3, 3)))
     before = list(model.modules())

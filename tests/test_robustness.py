@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.data import DataLoader, Dataset
 
 import fused_rnn
@@ -329,6 +330,26 @@ def test_autocast_like_torch(name, with_hx, dtype):
     flat(wide_module(*wide))[0].square().sum().backward()
     for p, t, o in zip(wide_module.parameters(), *grads, strict=True):
         assert rms(o - p.grad) <= 2 * rms(t - p.grad)
+
+
+@pytest.mark.parametrize("form", ["dense", "unbatched", "packed", "packed with states"])
+@pytest.mark.parametrize(("name", "proj_size"), [("RNN", 0), ("GRU", 0), ("LSTM", 0), ("LSTM", 3)])
+def test_autocast_dtypes_of_every_form(name, form, proj_size):
+    options = {"proj_size": proj_size} if proj_size else {}
+    x = torch.randn(T, B, I)
+    lengths = torch.arange(B) % T + 1
+    packed = pack_padded_sequence(x, lengths, enforce_sorted=False)
+    args = {"dense": (x,), "unbatched": (x[:, 0],)}.get(form, (packed,))
+    if form == "packed with states":
+        h, c = torch.randn(1, B, proj_size or H), torch.randn(1, B, H)
+        args = (packed, (h, c) if name == "LSTM" else h)
+    found = []
+    for source in (nn, fused_rnn):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            output, states = getattr(source, name)(I, H, **options)(*args)
+        found.append([output.data.dtype, *(t.dtype for t in flat(states))])
+    assert found[0] == found[1]
 
 
 @every

@@ -229,6 +229,19 @@ def plan(**changed: Any) -> stack.Plan:
     return stack.plan(**shape | of | changed)
 
 
+def test_looking_inside_sees_all_of_time(streams):
+    layer = fused_rnn.LSTM(I, H, num_layers=2).double().eval()
+    input = torch.randn(T, B, I, dtype=torch.float64)
+    output, _ = layer(input)
+    streams(3)
+    for index, there in ((-1, {"h": output}), (0, {})):
+        found = fused_rnn.viz.gate_values(layer, input, layer_index=index)
+        assert all(len(values) == T for values in found.values())
+        for name, expected in there.items():
+            torch.testing.assert_close(found[name], expected, rtol=0, atol=1e-12)
+    assert fused_rnn.stack.in_one_part.get() is False
+
+
 def test_long_stacks_with_room_beside_each_other_are_wavefronts():
     for training in (False, True):
         found = plan(training=training)

@@ -258,6 +258,42 @@ def test_compiled_once(Dreamer: Any) -> None:
     assert libraries == {path: path.stat().st_mtime_ns for path in FOLDER.rglob("*dreamer*.so")}
 
 
+def test_two_threads_at_once(Dreamer: Any) -> None:
+    code = (
+        "import threading, sys, fused_rnn\n"
+        "found = []\n"
+        "load = lambda: found.append(fused_rnn.load_cell(sys.argv[1]))\n"
+        "threads = [threading.Thread(target=load) for _ in range(3)]\n"
+        "[t.start() for t in threads], [t.join() for t in threads]\n"
+        "assert len(found) == 3 and len(set(found)) == 1\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(DREAMER)], capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_what_a_header_includes_is_part_of_it(tmp_path: Path) -> None:
+    header, beside = tmp_path / "mine.h", tmp_path / "constants.h"
+    header.write_text('#include "constants.h"\n  # include "cells/cell.h"\n')
+    beside.write_text('#include "mine.h"\nconstexpr int one = 1;\n')
+    found = user_cells._texts(header, {})
+    assert list(found) == [header, beside]
+    before = user_cells._digest(*found.values())
+    beside.write_text('#include "mine.h"\nconstexpr int one = 2;\n')
+    assert user_cells._digest(*user_cells._texts(header, {}).values()) != before
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = tmp_path / "taken"
+    taken.write_text("a file")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(taken))
+    header = tmp_path / "mine.h"
+    header.write_text("struct Mine {};\n")
+    with pytest.raises(RuntimeError, match=r"cannot be written .* set TORCH_EXTENSIONS_DIR"):
+        fused_rnn.load_cell(header)
+
+
 def test_refused(
     Dreamer: Any, twins: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

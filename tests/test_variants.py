@@ -17,6 +17,7 @@ from helpers import (
     by_reference,
     double,
     dyadic,
+    named_outputs,
     run,
     states,
 )
@@ -572,6 +573,57 @@ def test_states_that_do_not_fit_are_named():
         layer(torch.randn(T, B, I), torch.zeros(1, B, H // 3))
     with pytest.raises(RuntimeError, match=r"Expected hx of shape \(1, 4, 18\)"):
         functional.gru(torch.randn(T, B, I), torch.zeros(1, B, 6), list(layer.parameters()))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@over([*VARIANTS, *PAIRS, ("LSTM", {}), ("GRU", {}), ("RNN", {})])
+def test_meta_tensors_have_the_shapes_of_values(name, options, shape):
+    """Where no CPU op checks: on meta, and so on CUDA and in compiled and exported graphs."""
+    chosen = SHAPES[shape] | options
+    if "num_heads" in options or name != "LSTM":
+        chosen.pop("proj_size", None)
+    layer, x = make(name, **chosen), torch.randn(T, B, I)
+    expected, found = (
+        {key: t.shape for key, t in named_outputs(result).items()}
+        for result in (layer(x), layer.to("meta")(x.to("meta")))
+    )
+    assert found == expected
+
+
+def test_projected_normalised_layer_compiles():
+    torch._dynamo.reset()
+    layer = make("LSTM", proj_size=5, layer_norm="joint", peephole=True)
+    x = torch.randn(T, B, I)
+    found = torch.compile(layer, backend="aot_eager", fullgraph=True)(x)
+    torch.testing.assert_close(named_outputs(found), named_outputs(layer(x)))
+
+
+@pytest.mark.parametrize(
+    ("function", "hx", "given"),
+    [
+        ("lstm", "h only", "tuple of Tensor"),
+        ("lstm", "h, None", "tuple of Tensor, NoneType"),
+        ("lstm", "h", "Tensor"),
+        ("gru", "h only", "tuple of Tensor"),
+        ("rnn", "h, None", "tuple of Tensor, NoneType"),
+    ],
+)
+def test_states_of_the_functional_forms(function, hx, given):
+    layer, h = make(function.upper()), torch.zeros(1, B, H)
+    states = {"h only": (h,), "h, None": (h, None), "h": h}[hx]
+    expected = "a tuple of two tensors, h and c," if function == "lstm" else "a tensor"
+    with pytest.raises(TypeError) as caught:
+        getattr(functional, function)(torch.randn(T, B, I), states, list(layer.parameters()))
+    assert str(caught.value) == f"hx should be {expected} or None, got: {given}"
+
+
+@pytest.mark.parametrize("function", [functional.lstm, functional.gru, functional.rnn])
+def test_no_params_and_no_layers(function):
+    with pytest.raises(RuntimeError, match=r"Expected params of at least one layer.* got 0 params"):
+        function(torch.randn(T, B, I), None, [])
+    params = list(make("RNN").parameters())
+    with pytest.raises(RuntimeError, match="got 4 params for 0 layers"):
+        function(torch.randn(T, B, I), None, params, num_layers=0)
 
 
 def test_every_cell_is_somebodys():

@@ -111,6 +111,19 @@ def test_layer_of_a_stack() -> None:
     assert not torch.equal(viz.gate_values(lstm, x)["f"], expected["f"])
 
 
+def test_autocast_rounds_what_the_layer_rounds() -> None:
+    layer = random_layer("lstm").float().eval()
+    input = torch.randn(T, B, I)
+    with torch.autocast("cpu", torch.bfloat16):
+        output, _ = layer(input)
+        found = viz.gate_values(layer, input)
+    # The layer rounds h to bfloat16 at the end of every step, the loop keeps it: 8 bits.
+    assert float((found["h"] - output.detach().float()).abs().max()) < 2**-7
+    bare = viz.gate_values(layer.bfloat16(), input.bfloat16())
+    for name, values in found.items():
+        assert torch.equal(values, bare[name]), name
+
+
 def test_forms_of_input() -> None:
     gru = random_layer("gru", batch_first=True)
     x, lengths = torch.randn(B, T, I).double(), torch.tensor([3, T, 5])
@@ -207,6 +220,24 @@ for draw in (lambda: fused_rnn.viz.gates(lstm, x),
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_labels_are_shown_as_they_are() -> None:
+    layer, input = random_layer("lstm projected"), torch.randn(T, B, I, dtype=torch.float64)
+    price = ["$\\x$", "$^$", "a", "b", "c", "d", "e"]
+    units = list(range(4, 4 + layer.proj_size))
+    figure = viz.gates(layer, input, labels=price, units=units)
+    figure.savefig(io.BytesIO())
+    ticks = {
+        axes.get_title(): [tick.get_text() for tick in axes.get_yticklabels()]
+        for axes in figure.axes
+        if axes.get_title()
+    }
+    assert ticks["cell state c"] == [str(unit) for unit in units]
+    assert ticks["hidden state h"] != [str(unit) for unit in units]  # projections are no units
+    viz.alignment(torch.rand(2, 2), price[:2], price[:2]).savefig(io.BytesIO())
+    nothing = viz.gates(layer, input, lengths=torch.tensor([0, 1, 2]), labels=[])
+    assert isinstance(nothing, Figure)
 
 
 def test_nothing_is_left_in_pyplot() -> None:
