@@ -18,7 +18,7 @@ from .machine import UnusableError
 MEASURING = {
     "quick": "the smaller shapes, about a minute on two cores (the default)",
     "cpu": "all eight shapes, several minutes",
-    "options": "lengths, resets, packed input, bfloat16 and threads against the dense call",
+    "options": "lengths, resets, bfloat16, threads and variants against the dense call",
     "attention": "additive attention against eager PyTorch and torch.compile of it",
 }
 
@@ -37,7 +37,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.command == "doctor":
         return doctor.run()
     if options.command != "gpu" and importlib.util.find_spec("rich") is None:
-        raise UnusableError("the tables need rich: pip install fused_rnn[bench]")
+        raise UnusableError("the tables need rich: pip install rich")
     if options.command == "gpu":
         _check_folder(options.json)
         return gpu.run(options, machine.device("cpu" if options.plan else options.device))

@@ -53,7 +53,7 @@ def check_files(options: argparse.Namespace) -> None:
         if not path.parent.is_dir():
             raise UnusableError(f"--{name} {path}: no such folder")
         if name != "json" and importlib.util.find_spec("matplotlib") is None:
-            raise UnusableError(f"--{name} needs matplotlib: pip install fused_rnn[bench]")
+            raise UnusableError(f"--{name} needs matplotlib: pip install matplotlib")
 
 
 def invocation(options: argparse.Namespace) -> str:

@@ -17,7 +17,7 @@ def run() -> int:
         print(f"{name:<18} {value}")
     advice = machine.advice(found)
     if importlib.util.find_spec("rich") is None:
-        advice.append("rich: pip install fused_rnn[bench], for the benchmark's tables.")
+        advice.append("rich: pip install rich, for the benchmark's tables.")
     print("\nto do" if advice else "\nnothing is missing")
     for line in advice:
         print(f"- {line}")

@@ -11,7 +11,7 @@ rollout in one call, where ``resets`` zeroes the state at every step that begins
 same program with the usual loop, one torch.nn.GRUCell call for each step, is trained beside it, and
 a third policy that is reset before every step, to show that memory is what it takes::
 
-    pip install fused_rnn[examples]
+    pip install --no-build-isolation ".[examples]"
     python examples/recurrent_policy.py
 """
 
@@ -35,7 +35,7 @@ try:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
     from rich.table import Table
 except ModuleNotFoundError as error:
-    raise SystemExit(f"{error}. It comes with: pip install fused_rnn[examples]") from error
+    raise SystemExit(f"{error}. It comes with the extra [examples]") from error
 
 HIDDEN = 64
 CARTS = 16  # environments, the rows of a batch

@@ -8,7 +8,7 @@ decide whether the rating is above zero. One in five tokens is held out.
 The model is built twice from one seed, with torch.nn.LSTM and then the same through
 fused_rnn.convert, and both are trained on the same batches, epoch by epoch in turns::
 
-    pip install fused_rnn[examples]
+    pip install --no-build-isolation ".[examples]"
     python examples/sentiment.py
 """
 

@@ -4,7 +4,7 @@ Each process has its share of the tokens (DistributedSampler), and gradients are
 step sees as many tokens as one of sentiment.py. On GPUs, one each (nccl), where there are enough of
 them, else on the CPU (gloo). The first process reports, after all have compared their parameters::
 
-    pip install fused_rnn[examples]
+    pip install --no-build-isolation ".[examples]"
     torchrun --nproc-per-node 2 examples/sentiment_distributed.py
 """
 

@@ -10,7 +10,7 @@ fused_rnn.AttentionDecoder writes the other one. The same model without attentio
 it: its decoder sees, at every step, the encoder's final state. What the first one looked at while
 it wrote goes into a picture::
 
-    pip install fused_rnn[examples]
+    pip install --no-build-isolation ".[examples]"
     python examples/translate.py --short
     python examples/translate.py --language nl --checkpoint translate.pt
 

@@ -3,7 +3,7 @@
 All of them take time-major input unless ``batch_first``, and the weights as one flat list in
 torch.nn's order: for each layer and direction weight_ih, weight_hh, then bias_ih and bias_hh if
 ``has_biases``, then weight_hr where there is a projection, weight_ch where there are peepholes, and
-weight and bias of every layer normalisation.
+weight and bias of every layer normalisation. A weight_hh of three dimensions is that of heads.
 """
 
 from __future__ import annotations

@@ -307,6 +307,7 @@ class RNN(_Layer):
         batch_first: input and output are (B, T, features) instead of (T, B, features).
         dropout: probability of zeroing an element between layers, in training.
         bidirectional: adds a direction that reads backwards; outputs are concatenated.
+        device, dtype: of the parameters.
         layer_norm: ``True`` or ``"separate"`` normalises W_ih x and W_hh h, each over all
             gates, before biases are added, and in LSTM the c inside the output's tanh (Ba et al.
             2016, arXiv 1607.06450): weights ``ln_ih_*``, ``ln_hh_*``, ``ln_c_*``. ``"joint"``
@@ -616,8 +617,8 @@ class RNNCell(_Cell):
     """One timestep of a simple RNN; drop-in for ``torch.nn.RNNCell``.
 
     Args:
-        input_size, hidden_size, bias, nonlinearity, num_heads, layer_norm, zoneout: as
-            ``RNN``.
+        input_size, hidden_size, bias, nonlinearity, num_heads, layer_norm, layer_norm_eps, zoneout,
+            device, dtype: as ``RNN``.
     """
 
     __constants__ = [*RNNCellBase.__constants__, "nonlinearity"]  # noqa: RUF012
@@ -658,7 +659,8 @@ class GRUCell(_Cell):
     """One timestep of a GRU; drop-in for ``torch.nn.GRUCell``.
 
     Args:
-        input_size, hidden_size, bias, reset_after, num_heads, layer_norm, zoneout: as ``GRU``.
+        input_size, hidden_size, bias, reset_after, num_heads, layer_norm, layer_norm_eps, zoneout,
+            device, dtype: as ``GRU``.
     """
 
     def __init__(
@@ -696,8 +698,8 @@ class LSTMCell(_Cell):
     """One timestep of an LSTM; drop-in for ``torch.nn.LSTMCell``.
 
     Args:
-        input_size, hidden_size, bias, peephole, coupled, num_heads, layer_norm, zoneout: as
-            ``LSTM``.
+        input_size, hidden_size, bias, peephole, coupled, num_heads, layer_norm, layer_norm_eps,
+            zoneout, device, dtype: as ``LSTM``.
     """
 
     _has_c = True
@@ -731,7 +733,7 @@ class LSTMCell(_Cell):
     def forward(
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """input (B, input_size), hx = (h, c) of (B, hidden_size), or none with B; returns h, c."""
+        """input (B, input_size), hx = (h, c) of (B, hidden_size), or both without B; h, c."""
         states = None if hx is None else _pair("LSTMCell", hx)
         for i, state in enumerate(states or ()):
             self._check_state_dim(f"hx[{i}]", state)

@@ -216,9 +216,7 @@ def _new_figure() -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError(
-            "fused_rnn.viz draws with matplotlib: pip install fused_rnn[viz]"
-        ) from error
+        raise ImportError("fused_rnn.viz draws with matplotlib: pip install matplotlib") from error
     return Figure(layout="constrained")
 
 

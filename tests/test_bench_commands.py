@@ -247,7 +247,7 @@ def test_plots_need_matplotlib(
     monkeypatch.setattr(commands.importlib.util, "find_spec", lambda name: None)
     assert main(["gpu", "--plan"]) == 0
     assert main(["quick"]) == 2  # the same function finds no rich
-    assert "pip install fused_rnn[bench]" in capsys.readouterr().err
+    assert "pip install rich" in capsys.readouterr().err
     monkeypatch.setattr(
         commands.importlib.util, "find_spec", lambda name: name if name == "rich" else None
     )
