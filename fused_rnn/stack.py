@@ -73,7 +73,7 @@ def run(
     Returns:
         output of the last layer, the final states of all layers, and the cells if wanted.
     """
-    if in_one_part.get():
+    if parts > 1 and in_one_part.get():  # torch.compile, which runs one, cannot ask
         parts = 1
     top = len(weights) - 1
     streams: Sequence[Any] = _streams(input.device, top) if parts > 1 else (None,) * (top + 1)
