@@ -65,7 +65,8 @@ def run_layer(
         output (T, B, D * P), h_n (D, B, P), for lstm c_n (D, B, H), and the cells (T, B, D, H) in
         the compute dtype if wanted.
     """
-    transformed = is_transformed()
+    is_compiling = torch.compiler.is_compiling()
+    transformed = not is_compiling and _is_transformed()
     if transformed or (
         torch.is_grad_enabled()
         and (input.requires_grad or any([t.requires_grad for t in (*weights, *states)]))
@@ -73,11 +74,15 @@ def run_layer(
         begin = 2 + len(states)
         end = begin + len(weights)
         call: Call = (cell, has_biases, lanes, directions, want_cells, begin, end, variation)
-        rest: tuple[Tensor | None, ...] = (lengths, batch_sizes, resets, seed)
-        if lengths is None and batch_sizes is None and resets is None and seed is None:
-            rest = ()
-        apply = TransformedLayer.apply if transformed else _apply_layer
-        results = apply(call, input, *states, *weights, *rest)
+        tensors: tuple[Tensor | None, ...] = (input, *states, *weights)
+        if not (lengths is None and batch_sizes is None and resets is None and seed is None):
+            tensors += (lengths, batch_sizes, resets, seed)
+        if transformed:
+            results = TransformedLayer.apply(call, *tensors)
+        elif is_compiling:
+            results = Layer.apply(call, *tensors)
+        else:
+            results = _apply_layer(call, tensors)
         return results[: _wanted_results(cell, want_cells)]
     return ops.forward_op(cell, variation is not None)(
         input, states, weights, has_biases, lengths, batch_sizes, resets, lanes, directions, False,
@@ -87,8 +92,10 @@ def run_layer(
 
 def is_transformed() -> bool:
     """Whether there is more to do than the fast path knows: torch.func, or forward mode."""
-    if torch.compiler.is_compiling():
-        return False
+    return not torch.compiler.is_compiling() and _is_transformed()
+
+
+def _is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
@@ -105,35 +112,46 @@ def _wanted_results(cell: str, want_cells: bool) -> int:
 _NO_REST = (None, None, None, None)
 
 
+def _forward(call: Call, tensors: Sequence[Any]) -> tuple[Tensor, ...]:
+    """What Layer returns."""
+    cell, has_biases, lanes, directions, want_cells, begin, end, variation = call
+    lengths, batch_sizes, resets, seed = tensors[end - 1 :] or _NO_REST
+    return tuple(
+        ops.forward_op(cell, variation is not None)(
+            tensors[0], tensors[1 : begin - 1], tensors[begin - 1 : end - 1], has_biases, lengths,
+            batch_sizes, resets, lanes, directions, True, want_cells,
+            *_last_arguments(variation, seed),
+        )
+    )  # fmt: skip
+
+
+def _save(
+    ctx: Any, call: Call, tensors: Sequence[Tensor | None], results: tuple[Tensor, ...]
+) -> None:
+    """Keeps in ctx what Layer's backward needs."""
+    ctx.call = call
+    ctx.wanted = _wanted_results(call[0], call[4])
+    saved = results[ctx.wanted :]
+    ctx.set_materialize_grads(False)
+    if saved:
+        ctx.mark_non_differentiable(*saved)
+    ctx.save_for_backward(results[0], *tensors, *saved)
+
+
 class Layer(torch.autograd.Function):
     """From (call, input, *states, *weights), and (lengths, batch_sizes, resets, seed) if one of
     these is given, to the results of ``{cell}_forward``."""
 
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, ...]:
-        cell, has_biases, lanes, directions, want_cells, begin, end, variation = args[0]
-        *ragged, seed = args[end:] or _NO_REST
-        return tuple(
-            ops.forward_op(cell, variation is not None)(
-                args[1], args[2:begin], args[begin:end], has_biases, *ragged, lanes, directions,
-                True, want_cells, *_last_arguments(variation, seed),
-            )
-        )  # fmt: skip
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        call, *tensors = inputs
-        saved = output[_wanted_results(call[0], call[4]) :]
-        ctx.call = call
-        ctx.set_materialize_grads(False)
-        if saved:
-            ctx.mark_non_differentiable(*saved)
-        ctx.save_for_backward(output[0], *tensors, *saved)
+    def forward(ctx: Any, call: Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        results = _forward(call, tensors)
+        _save(ctx, call, tensors, results)
+        return results
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         call = ctx.call
-        cell, has_biases, lanes, directions, want_cells, begin, end, variation = call
+        cell, has_biases, lanes, directions, _, begin, end, variation = call
         needs = ctx.needs_input_grad
         # Of the arguments all but the first are there, each in its place; then what forward saved.
         tensors, count = ctx.saved_tensors, len(needs)
@@ -141,7 +159,7 @@ class Layer(torch.autograd.Function):
         states, weights = tensors[2:begin], tensors[begin:end]
         rest = tensors[end:count] or _NO_REST
         # Compiled graphs hand over gradients even for outputs marked as having none.
-        given = (*grads[: _wanted_results(cell, want_cells)], None, None)[:4]
+        given = (*grads[: ctx.wanted], None, None)[:4]
         if given[0] is given[1] is given[2] is given[3] is None:
             return (None,) * count
         needed = (needs[1], True in needs[2:begin], True in needs[begin:])
@@ -178,15 +196,9 @@ def _in_their_places(
 _apply_base = super(torch.autograd.Function, Layer).apply
 
 
-def _apply_layer(call: Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-    """``Layer.apply`` without binding the arguments to forward's signature.
-
-    Function.apply does that for the sake of default values, of which there are none here, and takes
-    longer over it than a small layer does in all.
-    """
-    if torch.compiler.is_compiling():
-        return Layer.apply(call, *tensors)
-    # As Function.apply does: tensors may have outlived the transform that wrapped them.
+def _apply_layer(call: Call, tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    """``Layer.apply`` where there is no transform, which is what it first takes its time to see."""
+    # But tensors may have outlived the transform that wrapped them.
     return _apply_base(call, *[None if t is None else unwrap_if_dead(t) for t in tensors])
 
 
@@ -194,9 +206,14 @@ class TransformedLayer(Layer):
     """Layer for torch.func and for forward mode, which torch.compile will not hear of."""
 
     @staticmethod
+    def forward(call: Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return _forward(call, tensors)
+
+    @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        Layer.setup_context(ctx, inputs, output)
-        ctx.save_for_forward(*inputs[1:])
+        call, *tensors = inputs
+        _save(ctx, call, tensors, output)
+        ctx.save_for_forward(*tensors)
         ctx.results = len(output)
 
     @staticmethod

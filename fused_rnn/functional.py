@@ -388,27 +388,29 @@ def run(
     if resets is not None:
         resets = _check_resets(resets, T, _batch_size(input, batch_sizes), input, batch_first)
     directions = 2 if bidirectional else 1
-    if not states and torch.compiler.is_exporting():
-        # A package of AOTInductor loads no op whose list of states is empty.
-        states = _zero_states(cell, params[1], num_layers * directions, input)
     variation = None if options is None else _variation(options, train)
-    layers = (
-        cell, input, states, params, has_biases, num_layers, directions, batch_sizes, variation,
-    )  # fmt: skip
-    rest = (
-        lengths, resets, dropout if train else 0.0, return_cells,
-        options.weight_dropout if train and options is not None else 0.0, train,
-    )  # fmt: skip
-    if _is_plain_on_cpu(input) and params[1].dim() == 2:
-        # The CPU's ops check whatever they are given, but know nothing of layers and their names.
-        try:
-            results = _layers(*layers, *rest)
-        except RuntimeError:
-            _check(*layers)
-            raise
-    else:
-        _check(*layers)
-        results = _layers(*layers, *rest)
+    # The CPU's ops check whatever they are given, but know nothing of layers and their names.
+    is_checked = _is_plain_on_cpu(input) and params[1].dim() == 2
+    if not is_checked:
+        if not states and torch.compiler.is_exporting():
+            # A package of AOTInductor loads no op whose list of states is empty.
+            states = _zero_states(cell, params[1], num_layers * directions, input)
+        _check(
+            cell, input, states, params, has_biases, num_layers, directions, batch_sizes, variation
+        )
+    try:
+        results = _layers(
+            cell, input, states, params, has_biases, num_layers, directions, batch_sizes, variation,
+            lengths, resets, dropout if train else 0.0, return_cells,
+            options.weight_dropout if train and options is not None else 0.0, train,
+        )  # fmt: skip
+    except RuntimeError:
+        if is_checked:
+            _check(
+                cell, input, states, params, has_biases, num_layers, directions, batch_sizes,
+                variation,
+            )  # fmt: skip
+        raise
     if batch_first or return_cells or given is not None:
         output, *final = results
         if return_cells:
@@ -477,7 +479,7 @@ def _layers(
     if num_layers == 1:
         return run(
             cell, input, states, params, has_biases, D, D, lengths, resets, want_cells, batch_sizes,
-            variation, _seed(variation, train, input),
+            variation, None if variation is None else _seed(variation, train, input),
         )  # fmt: skip
     # What no single layer could see.
     each = _params_per_lane(cell, params, has_biases, num_layers, D, variation) * D
@@ -493,7 +495,7 @@ def _layers(
     ) -> Sequence[Tensor]:
         return run(
             cell, input, states, weights, has_biases, D, D, lengths, resets, want_cells,
-            batch_sizes, variation, _seed(variation, train, input),
+            batch_sizes, variation, None if variation is None else _seed(variation, train, input),
         )  # fmt: skip
 
     weights = [params[k * each : (k + 1) * each] for k in range(num_layers)]
@@ -503,9 +505,9 @@ def _layers(
     return stack.run(layer, input, weights, begins, lengths, resets, dropout, want_cells, parts)
 
 
-def _seed(variation: ops.Variation | None, train: bool, input: Tensor) -> Tensor | None:
+def _seed(variation: ops.Variation, train: bool, input: Tensor) -> Tensor | None:
     """What a layer's random numbers follow from, where it draws any."""
-    draws = train and variation is not None and any(variation[1:4])
+    draws = train and any(variation[1:4])
     return _draw_seed(input) if draws else None
 
 

@@ -20,6 +20,8 @@ LAYER_NORMS = ops.LAYER_NORMS
 
 States = tuple[Tensor, ...]  # (h,) or, for LSTM, (h, c)
 
+_SEQUENCES = (0, 3)  # the places of output and cells among a layer's results
+
 
 class _Options:
     """The options that torch.nn does not have; defaults for layers saved before there were any."""
@@ -158,18 +160,23 @@ class _Layer(_Options, RNNBase):
         """The name of this layer's cell in the ops."""
         return self.mode.lower()
 
+    def _arranged(self, results: Sequence[Any]) -> tuple[Any, ...]:
+        """What forward returns, of output, the final states and, if asked for, cells."""
+        output, h_n = results
+        return output, h_n
+
     def _run(
         self,
         input: Tensor | PackedSequence,
         hx: Any,
         lengths: Tensor | None,
         resets: Tensor | None,
-        **options: Any,
-    ) -> tuple[list[Any], Any]:
-        """The sequences (output, then cells where asked for) and the final states."""
+        return_cells: bool = False,
+    ) -> tuple[Any, ...]:
+        """What forward returns."""
         states = None if hx is None else self._unpack_states(hx)
         if isinstance(input, PackedSequence):
-            return self._run_packed(input, states, lengths, resets, **options)
+            return self._run_packed(input, states, lengths, resets, return_cells)
         dims = input.dim()
         if dims not in (2, 3):
             raise ValueError(
@@ -187,12 +194,12 @@ class _Layer(_Options, RNNBase):
                 resets = resets.unsqueeze(batch_dim)
             input = input.unsqueeze(batch_dim)
             states = None if states is None else tuple(s.unsqueeze(1) for s in states)
-        self._check(input, states, None)
-        sequences, final = self._call(input, states, self.batch_first, lengths, resets, **options)
+        results = self._call(input, states, self.batch_first, lengths, resets, return_cells)
         if not batched:
-            sequences = [s.squeeze(batch_dim) for s in sequences]
-            final = tuple(s.squeeze(1) for s in final)
-        return sequences, self._pack_states(final)
+            results = [
+                t.squeeze(batch_dim if i in _SEQUENCES else 1) for i, t in enumerate(results)
+            ]
+        return self._arranged(results)
 
     def _run_packed(
         self,
@@ -200,8 +207,8 @@ class _Layer(_Options, RNNBase):
         states: States | None,
         lengths: Tensor | None,
         resets: Tensor | None,
-        **options: Any,
-    ) -> tuple[list[Any], Any]:
+        return_cells: bool,
+    ) -> tuple[Any, ...]:
         data, batch_sizes, sorted_indices, unsorted_indices = input
         if lengths is not None:
             raise ValueError("lengths: a PackedSequence brings its own, expected None")
@@ -216,19 +223,16 @@ class _Layer(_Options, RNNBase):
                 states = tuple(s.index_select(1, sorted_indices) for s in states)
             if resets is not None:
                 resets = resets.index_select(1, sorted_indices)
-        self._check(data, states, batch_sizes)
-        if functional.takes_packed(data):
-            sequences, final = self._call(
-                data, states, False, None, resets, batch_sizes=batch_sizes, **options
-            )
-        else:
-            padded, lengths = pad_packed_sequence(PackedSequence(data, batch_sizes))
-            sequences, final = self._call(padded, states, False, lengths, resets, **options)
-            sequences = [pack_padded_sequence(s, lengths).data for s in sequences]
-        if unsorted_indices is not None:
-            final = tuple(s.index_select(1, unsorted_indices) for s in final)
-        indices = (batch_sizes, sorted_indices, unsorted_indices)
-        return [PackedSequence(s, *indices) for s in sequences], self._pack_states(final)
+        results = self._call(data, states, False, None, resets, return_cells, batch_sizes)
+        arranged: list[Any] = []
+        for i, t in enumerate(results):
+            if i in _SEQUENCES:
+                arranged.append(PackedSequence(t, batch_sizes, sorted_indices, unsorted_indices))
+            else:
+                arranged.append(
+                    t if unsorted_indices is None else t.index_select(1, unsorted_indices)
+                )
+        return self._arranged(arranged)
 
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
         # As torch.nn's, which asks _flat_weights for the dtype; functional_call leaves that behind.
@@ -261,26 +265,26 @@ class _Layer(_Options, RNNBase):
         batch_first: bool,
         lengths: Tensor | None,
         resets: Tensor | None,
-        **options: Any,
-    ) -> tuple[list[Tensor], States]:
-        results = functional.run(
-            self._cell(),
-            input,
-            () if states is None else states,
-            self._weights(),
-            self.bias,
-            self.num_layers,
-            self.dropout,
-            self.training,
-            self.bidirectional,
-            batch_first,
-            lengths,
-            resets,
-            options=self._options(),
-            **options,
-        )
-        end = 3 if self.mode == "LSTM" else 2  # of the final states
-        return [results[0], *results[end:]], tuple(results[1:end])
+        return_cells: bool,
+        batch_sizes: Tensor | None = None,
+    ) -> Sequence[Tensor]:
+        """Output, the final states and, if asked for, cells; sequences packed as input is."""
+        if states is None:
+            self.check_input(input, batch_sizes)
+        else:
+            self.check_forward_args(input, self._pack_states(states), batch_sizes)
+        if batch_sizes is not None and not functional.takes_packed(input):
+            padded, lengths = pad_packed_sequence(PackedSequence(input, batch_sizes))
+            results = self._call(padded, states, False, lengths, resets, return_cells)
+            return [
+                pack_padded_sequence(t, lengths).data if i in _SEQUENCES else t
+                for i, t in enumerate(results)
+            ]
+        return functional.run(
+            self._cell(), input, () if states is None else states, self._weights(), self.bias,
+            self.num_layers, self.dropout, self.training, self.bidirectional, batch_first, lengths,
+            resets, return_cells, batch_sizes, self._options(),
+        )  # fmt: skip
 
     def _weights(self) -> list[Tensor]:
         # By name, not from _flat_weights, which parametrizations and functional_call leave behind.
@@ -393,8 +397,7 @@ class RNN(_Layer):
         Raises:
             ValueError, RuntimeError: as torch.nn does; the message names what was expected.
         """
-        (output,), h_n = self._run(input, hx, lengths, resets)
-        return output, h_n
+        return self._run(input, hx, lengths, resets)
 
 
 class GRU(_Layer):
@@ -455,6 +458,10 @@ class _LayerWithC(_Layer):
     def _pack_states(self, states: States) -> Any:
         return states
 
+    def _arranged(self, results: Sequence[Any]) -> tuple[Any, ...]:
+        output, h_n, c_n, *cells = results
+        return (output, (h_n, c_n), *cells)
+
     def _check_state_dims(self, states: States, batched: bool) -> None:
         given = tuple(s.dim() for s in states)
         if batched and given != (3, 3):
@@ -496,8 +503,7 @@ class _LayerWithC(_Layer):
         Raises:
             ValueError, RuntimeError: as torch.nn does; the message names what was expected.
         """
-        sequences, states = self._run(input, hx, lengths, resets, return_cells=return_cells)
-        return (sequences[0], states, sequences[1]) if return_cells else (sequences[0], states)
+        return self._run(input, hx, lengths, resets, return_cells)
 
 
 class LSTM(_LayerWithC):

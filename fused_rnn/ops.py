@@ -1,8 +1,9 @@
 """The compiled ops: loads ``fused_rnn._C`` and tells torch the shapes of their results.
 
 ``torch.ops.fused_rnn.{cell}_forward`` and ``{cell}_backward`` are one layer, all directions; the
-schemas and their letters stand in ``csrc/binding.cpp`` and ``csrc/params.h``. On CUDA they are
-composed of torch's products and the recurrence ops (``composed.py``).
+schemas and their letters stand in ``csrc/binding.cpp`` and ``csrc/params.h``. What they return has no
+gradient: that is ``autograd.py``'s. On CUDA they are composed of torch's products and the recurrence
+ops (``composed.py``).
 """
 
 from __future__ import annotations
@@ -96,15 +97,17 @@ CELLS: dict[str, CellTraits] = {}
 RESERVE_BLOCK = _C.reserve_block  # units that lie side by side in what the CPU engine saves
 
 
-_OPS: dict[str, OpOverload] = {}  # by what follows "fused_rnn::"
+# By whether they are the varied ones, and cell.
+_FORWARD: tuple[dict[str, OpOverload], dict[str, OpOverload]] = ({}, {})
+_BACKWARD: tuple[dict[str, OpOverload], dict[str, OpOverload]] = ({}, {})
 
 
 def forward_op(cell: str, varied: bool = False) -> OpOverload:
-    return _OPS[f"{cell}_varied_forward" if varied else f"{cell}_forward"]
+    return _FORWARD[varied][cell]
 
 
 def backward_op(cell: str, varied: bool = False) -> OpOverload:
-    return _OPS[f"{cell}_varied_backward" if varied else f"{cell}_backward"]
+    return _BACKWARD[varied][cell]
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -243,9 +246,13 @@ def add_cells(library: ModuleType) -> list[CellTraits]:
         CellTraits(name, **traits, library=library) for name, traits in library.cells().items()
     ]
     for cell in cells:
-        for kind in ("forward", "backward", "varied_forward", "varied_backward"):
-            name = f"{cell.name}_{kind}"
-            _OPS[name] = getattr(torch.ops.fused_rnn, name).default
+        for varied, kind in enumerate(("", "_varied")):
+            for table, direction in ((_FORWARD, "forward"), (_BACKWARD, "backward")):
+                name = f"{cell.name}{kind}_{direction}"
+                table[varied][cell.name] = getattr(torch.ops.fused_rnn, name).default
+                # Their derivatives are autograd.py's. What torch puts in place of one that is
+                # missing takes longer than it takes to multiply by a small weight.
+                _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
         _register_fakes(cell)
         if library.build_info()["cuda"] is not None:
             compose_layer(cell)
@@ -253,6 +260,7 @@ def add_cells(library: ModuleType) -> list[CellTraits]:
     return cells
 
 
+_library = torch.library.Library("fused_rnn", "IMPL")  # what it implements, it takes along
 add_cells(_C)
 
 
