@@ -168,6 +168,9 @@ def _pairs(option: str, cell: str, mode: str, shape: Shape) -> tuple[timing.Pair
     dtype = torch.bfloat16 if option == "bfloat16" else torch.float32
     make = layers.RUNS[mode]
 
+    # Seeding takes its time too, from either.
+    kind_of_ours = _Drawn if option in VARIANTS else Called
+
     def run(kind: type[Called], dtype: torch.dtype) -> timing.Run:
         # The same numbers in every dtype: those that the option's own can hold.
         given = [t.to(own).to(dtype) for t in (input, *grads)]
@@ -175,9 +178,9 @@ def _pairs(option: str, cell: str, mode: str, shape: Shape) -> tuple[timing.Pair
         return make(kind(mine, batch_sizes, **arguments), given[0], given[1:])
 
     own = dtype
-    ours, device = run(_Drawn if option in VARIANTS else Called, dtype), torch.device("cpu")
+    ours, device = run(kind_of_ours, dtype), torch.device("cpu")
     checked = timing.Pair(ours, run(_Loop, dtype), run(_Loop, torch.float64), device)
-    plain = make(Called(plain_layer), dense, [draw(T, B, H), *states])
+    plain = make(kind_of_ours(plain_layer), dense, [draw(T, B, H), *states])
     if option == "one thread":
         plain = _on_one_thread(plain)
     return checked, timing.Pair(ours, plain, checked.exact, device)

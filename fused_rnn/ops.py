@@ -1,9 +1,9 @@
 """The compiled ops: loads ``fused_rnn._C`` and tells torch the shapes of their results.
 
 ``torch.ops.fused_rnn.{cell}_forward`` and ``{cell}_backward`` are one layer, all directions; the
-schemas and their letters stand in ``csrc/binding.cpp`` and ``csrc/params.h``. What they return has no
-gradient: that is ``autograd.py``'s. On CUDA they are composed of torch's products and the recurrence
-ops (``composed.py``).
+schemas and their letters stand in ``csrc/binding.cpp`` and ``csrc/params.h``. Their results have no
+gradient: that is ``autograd.py``'s. On CUDA they are composed of torch's products and the
+recurrence ops (``composed.py``).
 """
 
 from __future__ import annotations
