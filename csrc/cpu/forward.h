@@ -271,14 +271,26 @@ class Forward {
         return product(hidden_of_panel(part, 0), [](int64_t, int64_t, int, const C*) {});
       if (!Cell::late_gate) draw_zones(part, t, units_of_panels(part), !p.projected);
     }
+    const Share panels(hidden_panels.count, part.member, division.members);
     product(nullptr, [&](int64_t i, int64_t first, int height, const C* tile) {
       const C* inputs = gates_of_panel(part, i) + (chunk_row + first) * row_size;
+      const int64_t next = step & 1 ? i - 1 : i + 1;
       for (int r = 0; r < height; ++r) {
         const int64_t at = begin + first + r;
+        if (next >= panels.begin && next < panels.end) prefetch_output(t, at, lane, next);
         cell_row(part, row_step(p, lane, order.row(at), t), at, step, i * GatePanels::units_each,
                  inputs + r * row_size, tile + r * HiddenPanels::W * V::size);
       }
     });
+  }
+
+  // Where the next panel's units of h will go: what is stored to memory that is far away fills the store
+  // queue, and the cells wait. Not beside rows of other threads, which lose their lines to what the
+  // hardware then fetches as well.
+  HOST_DEVICE void prefetch_output(int64_t t, int64_t i, int64_t lane, int64_t panel) const {
+    if (division.blocks > 1 || p.projected) return;
+    const S* row = p.output.at<S>(t, order.row(i), lane) + panel * GatePanels::units_each;
+    for (int v = 0; v < per_gate; ++v) __builtin_prefetch(row + v * V::size, 1);
   }
 
   HOST_DEVICE void cell_row(const Part& part, const RowStep& row, int64_t i, int64_t step,

@@ -144,11 +144,14 @@ struct OperandOf<BFloat16> {
 template <class S>
 using Operand = typename OperandOf<S>::type;
 
-// Values that a row of n takes up in memory: whole vectors of words.
+// Values that a row of n takes up in memory: whole vectors of words, but not whole pages. The same word of
+// rows that lie pages apart has only 8 places in many a first-level cache, and a tile has up to 12 rows.
 template <class E>
 constexpr int64_t row_width(int64_t n) {
   constexpr int64_t each = E::V::size * E::depth;
-  return (n + each - 1) / each * each;
+  constexpr int64_t page = 4096 / static_cast<int64_t>(sizeof(typename E::Value));
+  const int64_t width = (n + each - 1) / each * each;
+  return width > 0 && width % page == 0 ? width + each : width;
 }
 
 // Words that hold k values.
