@@ -11,11 +11,13 @@ Division::Division(const Shape& p, int64_t per_row, int64_t panels, size_t weigh
   parallel = threads > 1 && p.T * p.B * p.L * per_row >= 200000;  // waking one costs a few us
   if (!parallel || threads_per_lane < 2) return;
   // Separate rows need no meeting, which costs 0.2 us between cores that share a cache and 1 us or more
-  // between those that don't. But every thread then streams all the weights: worth it while they nearly
-  // fit its own cache and each block fills most of a tile, or they fit the cache before that.
+  // between those that don't, and the latter then wait for each other's h as well. But every thread
+  // streams all the weights: worth it while they fit the cache that cores share and each block fills more
+  // than a tile, or nearly fit a core's own and it fills most of one, or fit the cache before that.
   const size_t bytes = per_row * weight_bytes;
   const int64_t rows = p.B / threads_per_lane;
-  if ((bytes <= (size_t(3) << 19) && rows >= 4) || (bytes <= (size_t(1) << 17) && rows >= 1)) {
+  if ((bytes <= (size_t(1) << 23) && rows >= 16) || (bytes <= (size_t(3) << 19) && rows >= 4) ||
+      (bytes <= (size_t(1) << 17) && rows >= 1)) {
     blocks = threads_per_lane;
   } else if (p.B * per_row >= 65536 * threads_per_lane) {
     members = std::min(threads_per_lane, panels);
