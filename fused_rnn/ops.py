@@ -98,8 +98,8 @@ RESERVE_BLOCK = _C.reserve_block  # units that lie side by side in what the CPU 
 
 
 # By whether they are the varied ones, and cell.
-_FORWARD: tuple[dict[str, OpOverload], dict[str, OpOverload]] = ({}, {})
-_BACKWARD: tuple[dict[str, OpOverload], dict[str, OpOverload]] = ({}, {})
+_FORWARD: dict[bool, dict[str, OpOverload]] = {False: {}, True: {}}
+_BACKWARD: dict[bool, dict[str, OpOverload]] = {False: {}, True: {}}
 
 
 def forward_op(cell: str, varied: bool = False) -> OpOverload:
@@ -246,7 +246,7 @@ def add_cells(library: ModuleType) -> list[CellTraits]:
         CellTraits(name, **traits, library=library) for name, traits in library.cells().items()
     ]
     for cell in cells:
-        for varied, kind in enumerate(("", "_varied")):
+        for varied, kind in ((False, ""), (True, "_varied")):
             for table, direction in ((_FORWARD, "forward"), (_BACKWARD, "backward")):
                 name = f"{cell.name}{kind}_{direction}"
                 table[varied][cell.name] = getattr(torch.ops.fused_rnn, name).default
