@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import re
+from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,17 @@ from test_bench_compare import measured, sweep
 
 ROOT = Path(__file__).parent.parent
 RESULTS = sorted((ROOT / "bench" / "results").glob("*.json"))
+# The plots of each command's file, by title.
+PLOTS = {
+    "attention": ["Ratio to the peer", "Time", "Peak memory of one call"],
+    "cpu": [
+        "Ratio to the peer",
+        "Time",
+        "Operations a second",
+        "Share of the machine's limit",
+    ],
+    "options": ["Ratio to the peer", "Time"],
+}
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 
 
@@ -88,12 +100,9 @@ def test_page_shows_every_file_and_plot(tmp_path: Path) -> None:
         file = records.read(path)
         assert f"fused-rnn-bench {file.command}" in found.text
         assert f"All figures, {len(file.records)} rows" in found.text
-    # attention: three plots; cpu: four with operations; options: two.
-    assert found.labels.count("Ratio to the peer") == 3
-    assert found.labels.count("Time") == 3
-    assert found.labels.count("Operations a second") == 1
-    assert found.labels.count("Share of the machine's limit") == 1
-    assert found.labels.count("Peak memory of one call") == 1
+    expected = [label for path in RESULTS for label in PLOTS[records.read(path).command]]
+    assert {label: found.labels.count(label) for label in expected} == Counter(expected)
+    assert set(found.labels) == set(expected)
     cpu = records.read(ROOT / "bench" / "results" / "cpu.json")
     for record in cpu.records:
         assert f"{record.case}" in found.text
