@@ -114,7 +114,7 @@ class Backward {
               [&](int64_t lane, int64_t index, int64_t i) {
                 const Part part{lane, index / division.members, index % division.members, index};
                 if (i == 0) {
-                  pack(lane, Share(panels_to_pack(), index, parts));
+                  pack(lane, index);
                   return begin(part);
                 }
                 if (i == phases - 1) return finish(part);
@@ -204,26 +204,14 @@ class Backward {
   Chunks::Times times_of(int64_t lane, int64_t chunk) const {
     return chunks.times(!is_reverse(p, lane), chunk);
   }
-  int64_t second_panels() const {
-    return Cell::late_gate ? late_panels.count : projection_panels.count;
-  }
-  int64_t panels_to_pack() const {
-    return packed ? hidden_panels.count + input_panels.count + second_panels() : 0;
-  }
-
-  void pack(int64_t lane, const Share& share) {
-    const int64_t hidden = hidden_panels.count, input = input_panels.count;
+  // Of each, a part packs its share: members the panels that they will multiply with.
+  void pack(int64_t lane, int64_t part) {
+    if (!packed) return;
     const auto& w = p.weights[lane];
-    for (int64_t i = share.begin; i < share.end; ++i) {
-      if (i < hidden)
-        hidden_panels.pack(lane, i, static_cast<const S*>(w.weight_hh));
-      else if (i < hidden + input)
-        input_panels.pack(lane, i - hidden, static_cast<const S*>(w.weight_ih));
-      else if (Cell::late_gate)
-        late_panels.pack(lane, i - hidden - input, late_weight(lane));
-      else
-        projection_panels.pack(lane, i - hidden - input, static_cast<const S*>(w.weight_hr));
-    }
+    hidden_panels.pack_share(lane, part, parts, static_cast<const S*>(w.weight_hh));
+    input_panels.pack_share(lane, part, parts, static_cast<const S*>(w.weight_ih));
+    late_panels.pack_share(lane, part, parts, late_weight(lane));
+    projection_panels.pack_share(lane, part, parts, static_cast<const S*>(w.weight_hr));
   }
 
   // The rows of weight_hh that are the late gate's.

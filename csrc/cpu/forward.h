@@ -76,7 +76,7 @@ class Forward {
                 const Part part{lane, index / division.members, index % division.members,
                                 lane * division.blocks + index / division.members};
                 if (i == 0) {
-                  pack(lane, Share(panels_to_pack(), index, parts));
+                  pack(lane, index, parts);
                   load_initial(part);
                 } else if (division.members > 1) {
                   run_phase(part, i - 1);
@@ -136,30 +136,21 @@ class Forward {
 
   static const S* as_s(const void* data) { return static_cast<const S*>(data); }
 
-  int64_t gate_panels() const { return packed ? hidden_panels.count : 0; }
-  int64_t second_panels() const {
-    return Cell::late_gate ? (packed ? late_panels.count : 0) : projection_panels.count;
-  }
-  int64_t panels_to_pack() const { return 2 * gate_panels() + second_panels(); }
-
   // Of a weight or bias of G*H rows of n, those of the late gate.
   const S* late_rows(const void* data, int64_t n) const {
     return data ? as_s(data) + early_gates * p.H * n : nullptr;
   }
 
-  void pack(int64_t lane, const Share& share) {
+  // Of each, a part packs its share: members the panels that they will multiply with.
+  void pack(int64_t lane, int64_t part, int64_t parts) {
     const auto& w = p.weights[lane];
-    for (int64_t i = share.begin; i < share.end; ++i) {
-      if (i < gate_panels())
-        input_panels.pack(lane, i, as_s(w.weight_ih), as_s(w.bias_ih));
-      else if (i < 2 * gate_panels())
-        hidden_panels.pack(lane, i - gate_panels(), as_s(w.weight_hh), as_s(w.bias_hh));
-      else if (Cell::late_gate)
-        late_panels.pack(lane, i - 2 * gate_panels(), late_rows(w.weight_hh, p.P),
-                         late_rows(w.bias_hh, 1));
-      else
-        projection_panels.pack(lane, i - 2 * gate_panels(), as_s(w.weight_hr));
+    if (packed) {
+      input_panels.pack_share(lane, part, parts, as_s(w.weight_ih), as_s(w.bias_ih));
+      hidden_panels.pack_share(lane, part, parts, as_s(w.weight_hh), as_s(w.bias_hh));
+      late_panels.pack_share(lane, part, parts, late_rows(w.weight_hh, p.P),
+                             late_rows(w.bias_hh, 1));
     }
+    projection_panels.pack_share(lane, part, parts, as_s(w.weight_hr));
   }
 
   void run_phase(const Part& part, int64_t number) {

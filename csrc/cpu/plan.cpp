@@ -13,10 +13,10 @@ Division::Division(const Shape& p, int64_t per_row, int64_t panels, size_t weigh
   // Separate rows need no meeting, which costs 0.2 us between cores that share a cache and 1 us or more
   // between those that don't, and the latter then wait for each other's h as well. But every thread
   // streams all the weights: worth it while they fit the cache that cores share and each block fills more
-  // than a tile, or nearly fit a core's own and it fills most of one, or fit the cache before that.
+  // than a tile, or fit twice a core's own and it fills some of one, or fit the cache before that.
   const size_t bytes = per_row * weight_bytes;
   const int64_t rows = p.B / threads_per_lane;
-  if ((bytes <= (size_t(1) << 23) && rows >= 16) || (bytes <= (size_t(3) << 19) && rows >= 4) ||
+  if ((bytes <= (size_t(1) << 23) && rows >= 16) || (bytes <= (size_t(1) << 21) && rows >= 4) ||
       (bytes <= (size_t(1) << 17) && rows >= 1)) {
     blocks = threads_per_lane;
   } else if (p.B * per_row >= 65536 * threads_per_lane) {

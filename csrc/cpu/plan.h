@@ -38,7 +38,8 @@ class RowOrder {
   }
 
   // Of an array with `width` values for each row of each lane, where a row's begin, and how many there are.
-  // Blocks lie apart: what one core fetches ahead of its rows is not what another writes in every step.
+  // Blocks lie apart: what one core fetches ahead of its rows, several rows on, is not what another writes
+  // in every step.
   int64_t place(int64_t lane, int64_t i, int64_t width) const {
     return (lane * B_ + i) * width + (lane * (begin_.size() - 1) + block_[i]) * apart;
   }
@@ -56,7 +57,7 @@ class RowOrder {
   }
 
  private:
-  static constexpr int64_t apart = 512;  // values
+  static constexpr int64_t apart = 4416;  // values: whole cache lines of any type, not whole pages
   const int64_t* lengths_;
   const int64_t T_, B_;
   std::vector<int64_t> rows_, block_, begin_, before_;

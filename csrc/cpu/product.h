@@ -361,6 +361,14 @@ class Panels {
       tangents[lane * count + i] = E::has_tangents(panel(lane, i), panel_size);
   }
 
+  // Likewise all panels of one part's share.
+  template <class S>
+  void pack_share(int64_t lane, int64_t part, int64_t parts, const S* from,
+                  const S* bias_from = nullptr) const {
+    const Share share(count, part, parts);
+    for (int64_t i = share.begin; i < share.end; ++i) pack(lane, i, from, bias_from);
+  }
+
   // One row of the product with panel i from weights as they lie in memory, k_stride 1: for so few rows
   // that packing costs more than it saves.
   template <class S>
