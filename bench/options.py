@@ -152,8 +152,9 @@ def _pairs(option: str, cell: str, mode: str, shape: Shape) -> tuple[timing.Pair
         plain_layer = layer
         if option in VARIANTS:
             layer = getattr(fused_rnn, cell)(I, H, **VARIANTS[option][0])
-        # With gains of 1 an LSTM of this length is chaotic: it carries any rounding on to 1e-3, and no
-        # two orders of summation can be compared. Around 0.1 as in Cooijmans et al. 2017, section 4.
+        # With gains of 1 an LSTM of this length is chaotic: it carries a rounding on to 1e-3, and
+        # two orders of summation cannot be compared. Around 0.1 as in Cooijmans et al. 2017,
+        # section 4.
         for name, weight in layer.named_parameters():
             if name.startswith("ln_") and "weight" in name:
                 nn.init.uniform_(weight, 0.05, 0.15)

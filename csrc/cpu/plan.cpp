@@ -19,7 +19,8 @@ Division::Division(const Shape& p, int64_t per_row, int64_t panels, size_t weigh
   if ((bytes <= (size_t(1) << 23) && rows >= 16) || (bytes <= (size_t(1) << 21) && rows >= 4) ||
       (bytes <= (size_t(1) << 17) && rows >= 1)) {
     blocks = threads_per_lane;
-  } else if (p.B * per_row >= 65536 * threads_per_lane) {
+  } else if (p.B * per_row >= (rows > 0 ? 65536 : 49152) * threads_per_lane) {
+    // Units are shared where a step is worth its meetings, sooner if threads have no row of their own.
     members = std::min(threads_per_lane, panels);
   } else {
     blocks = std::min(threads_per_lane, p.B);
