@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import fused_rnn
-from fused_rnn import functional, ops, reference
+from fused_rnn import checks, reference
+from fused_rnn.cells import CELLS, Call, Variation, reference_weights
 
 from . import layers, timing
 from .layers import Called
@@ -64,8 +65,8 @@ class _Loop(Called):
     _factors: Sequence[reference.Factors] = ()
     _weight_factors: Tensor | None = None
 
-    def _draw(self, input: Tensor) -> functional.Options | None:
-        options: functional.Options | None = self.layer._options()  # type: ignore[operator]
+    def _draw(self, input: Tensor) -> checks.Options | None:
+        options: checks.Options | None = self.layer._options()  # type: ignore[operator]
         if options is None or self._factors:
             return options
         torch.manual_seed(0)
@@ -86,13 +87,13 @@ class _Loop(Called):
         layer, lengths = self.layer, self.arguments.get("lengths")
         if self.batch_sizes is not None:
             input, lengths = pad_packed_sequence(PackedSequence(input, self.batch_sizes))
-        cell = ops.CELLS[layer._cell()]  # type: ignore[operator]
+        name = layer._cell()  # type: ignore[operator]
+        cell = CELLS[name]
         zeros = input.new_zeros((1, input.shape[1], int(layer.hidden_size)))  # type: ignore[arg-type]
         options = self._draw(input)
-        weights = cell.by_lane(
-            list(layer.parameters()), has_biases=True, lanes=1,
-            layer_norm=options.layer_norm if options else 0,
-        )  # fmt: skip
+        variation = None if options is None else Variation(options.layer_norm)
+        call = Call(name, True, False, 0, 1, 1, variation=variation)
+        weights = reference_weights(call, list(layer.parameters()))
         if self._weight_factors is not None:
             weights = [w._replace(weight_hh=w.weight_hh * self._weight_factors) for w in weights]
         output, h_n, c_n, _ = reference.layer(

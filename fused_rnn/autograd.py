@@ -1,15 +1,16 @@
-"""The derivatives of one layer: ``autograd.Function`` around the compiled ops.
+"""The derivatives of one layer, registered with its ops and, for eager code, in front of them.
 
-Four functions of a layer f of input, states and weights, here together x:
+Two functions of a layer f of its primals x, which are input, states and weights:
 
-    Layer     f(x)
-    Gradient  f'(x)^T g, the gradient: backward of Layer
-    Tangent   f'(x) v, the derivative along v: jvp of Layer
-    Second    the derivative of both along directions: backward and jvp of Gradient, and
-              backward of Tangent
+    Layer     f(x)           layer_forward
+    Gradient  f'(x)^T g      layer_backward, backward of Layer
 
-The first two are the engine's ops, the others the same ops on dual numbers (csrc/dual.h), which
-complex tensors carry. What differentiates Second, and the jvp of Tangent, go through the reference.
+Forward mode and second derivatives are the same ops on dual numbers (csrc/dual.h), which complex
+tensors carry. What differentiates those goes through the reference.
+
+Eager code on plain tensors applies the functions itself. Whoever meets an op anywhere else (a
+graph that was compiled, exported or traced, torch.func, a subclass of Tensor) comes by the kernels
+that are registered here, and applies the same.
 """
 
 from __future__ import annotations
@@ -20,454 +21,270 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import unwrap_if_dead
+from torch._C import _functorch
+from torch._functorch.autograd_function import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
 from . import batching, ops, reference
-from .batching import Call
+from .cells import NOTHING, PLAIN, Call, Rest, call_of, compute_dtype, reference_weights
 from .differentiable import gradients_of, jvp_of, or_zeros, tangents_of, vjp
 
+Needed = tuple[bool, bool, bool]  # whether gradients of input, of states and of weights are
 
-def run_layer(
-    cell: str,
-    input: Tensor,
-    states: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    has_biases: bool,
-    lanes: int,
-    directions: int,
-    lengths: Tensor | None = None,
-    resets: Tensor | None = None,
-    want_cells: bool = False,
-    batch_sizes: Tensor | None = None,
-    variation: ops.Variation | None = None,
-    seed: Tensor | None = None,
-) -> Sequence[Tensor]:
+
+def run_layer(call: Call, primals: Sequence[Tensor], rest: Rest = NOTHING) -> Sequence[Tensor]:
     """Runs one layer, all directions (and heads) in one op call.
 
     Args:
-        cell: a name in ``ops.CELLS``.
-        input: (T, B, I), or (T, B, D, I) where every lane has its own.
-        states: hx (D, B, P) and, for lstm, cx (D, B, H); empty for zeros.
-        weights: for every direction weight_ih, weight_hh, bias_ih and bias_hh if ``has_biases``,
-            weight_hr if there is a projection, weight_ch if the cell has weights of its own, weight
-            and bias of every normalisation.
-        lanes: how many recurrences there are, each with weights of its own: D above.
-        directions: 1, or 2: then every second lane runs backwards in time.
-        lengths: (B,) int64 on input's device. resets: (T, B) bool on input's device.
-        want_cells: whether the states c of every step are wanted (lstm).
-        batch_sizes: (T,) int64, on the CPU only and in place of lengths. Then input (N, I), output
-            and cells are packed, as the data of torch's PackedSequence.
-        variation: what options change in the step around the cell, or None for nothing.
-        seed: () int64 on input's device, of what is drawn; without it zoneout is its expectation.
+        primals: input (T, B, I), or (T, B, R, I) where every one of R recurrences has its own; hx
+            (R, B, P) and, for lstm, cx (R, B, H), or neither for zeros; for each recurrence the
+            weights of ``call.table``.
+        rest: what there is beside. With batch_sizes input (N, I), output and cells are packed, as
+            the data of torch's PackedSequence.
 
     Returns:
-        output (T, B, D * P), h_n (D, B, P), for lstm c_n (D, B, H), and the cells (T, B, D, H) in
+        output (T, B, R * P), h_n (R, B, P), for lstm c_n (R, B, H), and the cells (T, B, R, H) in
         the compute dtype if wanted.
     """
-    is_compiling = torch.compiler.is_compiling()
-    transformed = not is_compiling and _is_transformed()
-    if transformed or (
-        torch.is_grad_enabled()
-        and (input.requires_grad or any([t.requires_grad for t in (*weights, *states)]))
-    ):
-        begin = 2 + len(states)
-        end = begin + len(weights)
-        call: Call = (cell, has_biases, lanes, directions, want_cells, begin, end, variation)
-        tensors: tuple[Tensor | None, ...] = (input, *states, *weights)
-        if not (lengths is None and batch_sizes is None and resets is None and seed is None):
-            tensors += (lengths, batch_sizes, resets, seed)
-        if transformed:
-            results = TransformedLayer.apply(call, *tensors)
-        elif is_compiling:
-            results = Layer.apply(call, *tensors)
-        else:
-            results = _apply_layer(call, tensors)
-        return results[: _wanted_results(cell, want_cells)]
-    return ops.forward_op(cell, variation is not None)(
-        input, states, weights, has_biases, lengths, batch_sizes, resets, lanes, directions, False,
-        want_cells, *_last_arguments(variation, seed),
-    )  # fmt: skip
+    if torch.compiler.is_compiling() or not is_plain(primals):
+        return _forward(call, primals, rest, save=False)
+    if torch.is_grad_enabled() and True in [t.requires_grad for t in primals]:
+        # A tensor may have outlived the transform that wrapped it.
+        tensors = [None if t is None else _functorch.unwrap_if_dead(t) for t in (*rest, *primals)]
+        return _apply_layer(call, *tensors)[: call.wanted]
+    with ops.below_autograd():
+        return _forward(call, primals, rest, save=False)
+
+
+def is_plain(tensors: Sequence[Tensor]) -> bool:
+    """Whether eager code may differentiate by itself what it does to these.
+
+    There is more to do than it knows under torch.func, in forward mode, while torch.jit traces, and
+    where a tensor or a mode overrides torch's functions.
+    """
+    return not (
+        is_transformed()
+        or torch._C._get_tracing_state() is not None
+        or torch.overrides.has_torch_function(tensors)
+    )
 
 
 def is_transformed() -> bool:
-    """Whether there is more to do than the fast path knows: torch.func, or forward mode."""
-    return not torch.compiler.is_compiling() and _is_transformed()
-
-
-def _is_transformed() -> bool:
+    """Whether torch.func or forward mode is at work."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def _last_arguments(variation: ops.Variation | None, seed: Tensor | None) -> tuple[Any, ...]:
-    """What the varied ops take more than the plain ones."""
-    return () if variation is None else (*variation, seed)
+def _forward(call: Call, primals: Sequence[Any], rest: Rest, save: bool) -> list[Tensor]:
+    return ops.layer_forward(call.cell, primals, *rest, call.settings(save), call.variation)
 
 
-def _wanted_results(cell: str, want_cells: bool) -> int:
-    """How many results precede what is saved for backward."""
-    return 2 + ops.CELLS[cell].has_c + want_cells
+def _backward(
+    call: Call,
+    needed: Needed,
+    grads: Sequence[Any],
+    primals: Sequence[Any],
+    results: Sequence[Any],
+    rest: Rest,
+) -> list[Tensor]:
+    return ops.layer_backward(
+        call.cell, grads, primals, results, rest, call.settings(*needed), call.variation
+    )
 
 
-_NO_REST = (None, None, None, None)
+def _split(tensors: Sequence[Any], *sizes: int) -> list[Sequence[Any]]:
+    """Groups of these sizes, and what is left."""
+    groups, begin = [], 0
+    for size in sizes:
+        groups.append(tensors[begin : begin + size])
+        begin += size
+    return [*groups, tensors[begin:]]
 
 
-def _forward(call: Call, tensors: Sequence[Any]) -> tuple[Tensor, ...]:
-    """What Layer returns."""
-    cell, has_biases, lanes, directions, want_cells, begin, end, variation = call
-    lengths, batch_sizes, resets, seed = tensors[end - 1 :] or _NO_REST
-    return tuple(
-        ops.forward_op(cell, variation is not None)(
-            tensors[0], tensors[1 : begin - 1], tensors[begin - 1 : end - 1], has_biases, lengths,
-            batch_sizes, resets, lanes, directions, True, want_cells,
-            *_last_arguments(variation, seed),
-        )
-    )  # fmt: skip
-
-
-def _save(
-    ctx: Any, call: Call, tensors: Sequence[Tensor | None], results: tuple[Tensor, ...]
-) -> None:
-    """Keeps in ctx what Layer's backward needs."""
-    ctx.call = call
-    ctx.wanted = _wanted_results(call[0], call[4])
-    saved = results[ctx.wanted :]
-    ctx.set_materialize_grads(False)
-    if saved:
-        ctx.mark_non_differentiable(*saved)
-    ctx.save_for_backward(results[0], *tensors, *saved)
+def _is_dual(primals: Sequence[Any]) -> bool:
+    return primals[0].is_complex()
 
 
 class Layer(torch.autograd.Function):
-    """From (call, input, *states, *weights), and (lengths, batch_sizes, resets, seed) if one of
-    these is given, to the results of ``{cell}_forward``."""
+    """From (call, *rest, *primals) to the results of layer_forward, what it saves included."""
 
     @staticmethod
-    def forward(ctx: Any, call: Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        results = _forward(call, tensors)
-        _save(ctx, call, tensors, results)
+    def forward(ctx: Any, call: Call, *tensors: Any) -> tuple[Tensor, ...]:
+        rest, primals = Rest(*tensors[:4]), tensors[4:]
+        with ops.at_lower_levels():
+            results = tuple(_forward(call, primals, rest, save=True))
+        saved = results[call.wanted :]
+        ctx.call = call
+        ctx.set_materialize_grads(False)
+        if saved:
+            ctx.mark_non_differentiable(*saved)
+        ctx.save_for_backward(*tensors, results[0], *saved)
+        if is_transformed():
+            ctx.save_for_forward(*tensors)
         return results
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         call = ctx.call
-        cell, has_biases, lanes, directions, _, begin, end, variation = call
-        needs = ctx.needs_input_grad
-        # Of the arguments all but the first are there, each in its place; then what forward saved.
-        tensors, count = ctx.saved_tensors, len(needs)
-        output, input = tensors[:2]
-        states, weights = tensors[2:begin], tensors[begin:end]
-        rest = tensors[end:count] or _NO_REST
-        # Compiled graphs hand over gradients even for outputs marked as having none.
-        given = (*grads[: ctx.wanted], None, None)[:4]
+        rest, primals, results = _split(ctx.saved_tensors, 4, call.primals)
+        given = _by_result(call, grads)
         if given[0] is given[1] is given[2] is given[3] is None:
-            return (None,) * count
-        needed = (needs[1], True in needs[2:begin], True in needs[begin:])
-        if torch.is_grad_enabled():
-            found = Gradient.apply(
-                call, needed, *given, input, *states, *weights, *rest, output, *tensors[count:]
-            )
-        else:
-            lengths, batch_sizes, resets, seed = rest
-            found = ops.backward_op(cell, variation is not None)(
-                *given, input, states, weights, has_biases, lengths, batch_sizes, resets, lanes,
-                directions, output, tensors[count:], *needed, *_last_arguments(variation, seed),
-            )  # fmt: skip
-        return (None, *_in_their_places(call, needed, found), *(None,) * (count - end))
-
-
-def _in_their_places(
-    call: Call, needed: tuple[bool, bool, bool], found: Sequence[Any]
-) -> Sequence[Any]:
-    """Gradients of input, states and weights; None for those that are not needed."""
-    need_input, need_states, need_weights = needed
-    begin, end = call[5], call[6]
-    if need_input and need_weights and need_states == (begin > 2):
-        return found
-    first = int(need_input)  # of the states among what was found
-    last = first + (begin - 2 if need_states else 0)
-    return (
-        found[0] if need_input else None,
-        *(found[first:last] or (None,) * (begin - 2)),
-        *(found[last:] or (None,) * (end - begin)),
-    )
-
-
-_apply_base = super(torch.autograd.Function, Layer).apply
-
-
-def _apply_layer(call: Call, tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-    """``Layer.apply`` where there is no transform, which is what it first takes its time to see."""
-    # But tensors may have outlived the transform that wrapped them.
-    return _apply_base(call, *[None if t is None else unwrap_if_dead(t) for t in tensors])
-
-
-class TransformedLayer(Layer):
-    """Layer for torch.func and for forward mode, which torch.compile will not hear of."""
-
-    @staticmethod
-    def forward(call: Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:  # type: ignore[override]
-        return _forward(call, tensors)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        call, *tensors = inputs
-        _save(ctx, call, tensors, output)
-        ctx.save_for_forward(*tensors)
-        ctx.results = len(output)
+            return (None,) * (5 + len(primals))
+        needed = _needed(call, ctx.needs_input_grad[5:])
+        # The gradient of value + tangent * e is that of the tangent + that of the value * e.
+        swap = _swap if _is_dual(primals) else list
+        found = _gradient(call, needed, swap(given), primals, results, Rest(*rest))
+        return (None,) * 5 + _in_their_places(call, needed, swap(found))
 
     @staticmethod
     def jvp(ctx: Any, _call: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        call, n = ctx.call, ctx.call[6] - 1
-        primals, rest = ctx.saved_tensors[:n], ctx.saved_tensors[n:] or _NO_REST
-        found = Tangent.apply(call, *primals, *tangents[:n], *rest)
-        return (*found, *(None,) * (ctx.results - len(found)))
-
-    @staticmethod
-    def vmap(info: Any, dims: tuple[Any, ...], call: Call, *tensors: Any) -> Any:
-        primals = batching.kinds_of_primals(call)
-        return batching.vmap(
-            TransformedLayer.apply, info, dims[1:], (call,), tensors,
-            (*primals, *batching.REST[: len(tensors) - len(primals)]),
-            (*batching.kinds_of_results(call), *batching.kinds_of_saved(call, _device(tensors))),
-        )  # fmt: skip
+        call, (rest, primals) = ctx.call, _split(ctx.saved_tensors, 4)
+        along = tangents[4:]
+        if _is_dual(primals):
+            changes = tangents_of(_by_reference(call, Rest(*rest)), primals, along)
+        else:
+            with ops.in_forward_mode():
+                results = _forward(call, _duals(primals, along), Rest(*rest), save=False)
+                changes = _tangents(results, _result_dtypes(call, primals[0]))
+        return (*changes, *(None,) * (_results(call) - call.wanted))
 
 
-def _device(tensors: Sequence[Tensor | None]) -> str:
-    return next(t for t in tensors if t is not None).device.type
+_apply_layer = super(torch.autograd.Function, Layer).apply  # which asks first what is_plain did
+
+
+def _gradient(
+    call: Call,
+    needed: Needed,
+    grads: Sequence[Any],
+    primals: Sequence[Any],
+    results: Sequence[Any],
+    rest: Rest,
+) -> list[Tensor]:
+    """As ``_backward``, with a derivative of its own if anybody may ask for one."""
+    if torch.is_grad_enabled() or is_transformed():
+        return _backward(call, needed, grads, primals, results, rest)
+    with ops.below_autograd():
+        return _backward(call, needed, grads, primals, results, rest)
 
 
 class Gradient(torch.autograd.Function):
-    """From (call, needed, *gradients of the four results, input, *states, *weights, *rest, output,
-    *saved) to the results of ``{cell}_backward``."""
+    """From (call, needed, *gradients of the four results, *rest, *primals, *results) to the
+    results of layer_backward; its results are what they are by the primals."""
 
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, ...]:
-        call, needed, *tensors = args
-        cell, has_biases, lanes, directions, _, begin, end, variation = call
-        grads, primals = tensors[:4], tensors[4 : 3 + end]
-        lengths, batch_sizes, resets, seed, output, *saved = tensors[3 + end :]
-        return tuple(
-            ops.backward_op(cell, variation is not None)(
-                *grads, primals[0], primals[1 : begin - 1], primals[begin - 1 :], has_biases,
-                lengths, batch_sizes, resets, lanes, directions, output, saved, *needed,
-                *_last_arguments(variation, seed),
-            )
-        )  # fmt: skip
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.call, ctx.needed, *tensors = inputs
+    def forward(ctx: Any, call: Call, needed: Needed, *tensors: Any) -> tuple[Tensor, ...]:
+        grads, rest, primals, results = _split(tensors, 4, 4, call.primals)
+        with ops.at_lower_levels():
+            found = tuple(_backward(call, needed, grads, primals, results, Rest(*rest)))
+        ctx.call, ctx.needed, ctx.results = call, needed, len(results)
         ctx.set_materialize_grads(False)
-        kept = tensors[: 4 + ctx.call[6] - 1 + 4]
-        ctx.save_for_backward(*kept)
-        ctx.save_for_forward(*kept)
+        ctx.save_for_backward(*grads, *rest, *primals)
+        if is_transformed():
+            ctx.save_for_forward(*grads, *rest, *primals)
+        return found
 
     @staticmethod
     def backward(ctx: Any, *directions: Tensor | None) -> tuple[Any, ...]:
-        count, n = len(ctx.needs_input_grad), ctx.call[6] - 1
+        call, needed = ctx.call, ctx.needed
+        grads, rest, primals = _split(ctx.saved_tensors, 4, 4)
         if all(v is None for v in directions):
-            return (None,) * count
-        tensors = ctx.saved_tensors
-        tangents = _in_their_places(ctx.call, ctx.needed, directions)
-        needed = _needed(ctx.call, ctx.needs_input_grad[6:])
-        of_results, _, of_primals = _second(
-            ctx.call, needed, tensors[: 4 + n], (*_NO_REST, *tangents), tensors[4 + n :]
-        )
-        return (None, None, *of_results, *of_primals, *(None,) * (count - 6 - n))
-
-    @staticmethod
-    def jvp(
-        ctx: Any, _call: None, _needed: None, *tangents: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        n, tensors = ctx.call[6] - 1, ctx.saved_tensors
-        _, _, changes = _second(
-            ctx.call, ctx.needed, tensors[: 4 + n], tangents[: 4 + n], tensors[4 + n :]
-        )
-        return tuple(d for d in changes if d is not None)
-
-    @staticmethod
-    def vmap(info: Any, dims: tuple[Any, ...], call: Call, needed: Any, *tensors: Any) -> Any:
-        primals = batching.kinds_of_primals(call)
-        kinds = (
-            *_RESULTS, *primals, *batching.REST, "output",
-            *batching.kinds_of_saved(call, _device(tensors)),
-        )  # fmt: skip
-        found = [kind for kind in primals if needed[_GROUPS.index(kind)]]
-        return batching.vmap(Gradient.apply, info, dims[2:], (call, needed), tensors, kinds, found)
-
-
-_GROUPS = ("input", "state", "weight")
-_RESULTS = ("output", "state", "state", "cells")  # that a gradient may reach
-
-
-def _needed(call: Call, of_primals: Sequence[bool]) -> tuple[bool, bool, bool]:
-    begin, end = call[5], call[6]
-    return (
-        of_primals[0], True in of_primals[1 : begin - 1], True in of_primals[begin - 1 : end - 1]
-    )  # fmt: skip
-
-
-def _by_result(call: Call, results: Sequence[Any]) -> tuple[Any, ...]:
-    """output, h_n, c_n and cells, of which a layer may lack the latter, which is None then."""
-    return (*results, None, None)[:4]
-
-
-class Tangent(torch.autograd.Function):
-    """From (call, input, *states, *weights, the same of their tangents, *rest) to the tangents of
-    what the layer returns."""
-
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, ...]:
-        call, *tensors = args
-        n = call[6] - 1
-        primals, tangents, rest = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
-        results = _dual_forward(call, _duals(primals, tangents), rest, save=False)
-        like = primals[0].dtype
-        kinds = batching.kinds_of_results(call)
-        return tuple(
-            r.imag.to(ops.compute_dtype(like) if kind == "cells" else like)
-            for r, kind in zip(results, kinds, strict=True)
-        )
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.call, *tensors = inputs
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        call, n, tensors = ctx.call, ctx.call[6] - 1, ctx.saved_tensors
-        given = _by_result(call, grads)
-        if all(g is None for g in given):
-            return (None,) * len(ctx.needs_input_grad)
-        needs = ctx.needs_input_grad[1:]
-        needed = _needed(call, [a or b for a, b in zip(needs[:n], needs[n : 2 * n], strict=True)])
-        _, of_tangents, of_primals = _second(
-            call, needed, (*given, *tensors[:n]), (*_NO_REST, *tensors[n : 2 * n]),
-            tensors[2 * n :],
-        )  # fmt: skip
-        return (None, *of_primals, *of_tangents, *_NO_REST)
-
-    @staticmethod
-    def jvp(ctx: Any, _call: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        call, n, tensors = ctx.call, ctx.call[6] - 1, ctx.saved_tensors
-
-        def tangent(*given: Any) -> tuple[Tensor, ...]:
-            rest = given[2 * n :]
-            return jvp_of(
-                lambda *primals: tuple(by_reference(call, primals, rest)),
-                given[:n], given[n : 2 * n],
-            )  # fmt: skip
-
-        along = or_zeros(tensors[n : 2 * n], tensors[:n])
-        return tangents_of(tangent, (*tensors[:n], *along, *tensors[2 * n :]), tangents)
-
-    @staticmethod
-    def vmap(info: Any, dims: tuple[Any, ...], call: Call, *tensors: Any) -> Any:
-        primals = batching.kinds_of_primals(call)
-        return batching.vmap(
-            Tangent.apply, info, dims[1:], (call,), tensors,
-            (*primals, *primals, *batching.REST), batching.kinds_of_results(call),
-        )  # fmt: skip
-
-
-class Second(torch.autograd.Function):
-    """From (call, needed, *gradients of the four results, *primals, the tangents of all these,
-    *rest), the primals being input, *states and *weights, to
-
-    - the tangents of the results that have a gradient: J v,
-    - the gradients of the primals that are needed: J^T g,
-    - and what that changes by along the tangents.
-    """
-
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor | None, ...]:
-        call, needed, *tensors = args
-        n = 4 + call[6] - 1
-        given, tangents, rest = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
-        cell, has_biases, lanes, directions, want_cells, begin, _, variation = call
-        primals = _duals(given[4:], tangents[4:])
-        results = _dual_forward(call, primals, rest, save=True)
-        wanted = _wanted_results(cell, want_cells)
-        lengths, batch_sizes, resets, seed = rest
-        found = ops.backward_op(cell, variation is not None)(
-            *_duals(given[:4], tangents[:4]), primals[0], primals[1 : begin - 1],
-            primals[begin - 1 :], has_biases, lengths, batch_sizes, resets, lanes, directions,
-            results[0], results[wanted:], *needed, *_last_arguments(variation, seed),
-        )  # fmt: skip
-        of_primals = _in_their_places(call, needed, found)
-        of_results = _by_result(call, results[:wanted])
-        return (
-            *(None if g is None else r.imag.to(g.dtype)
-              for r, g in zip(of_results, given[:4], strict=True)),
-            *(None if d is None else d.real.to(p.dtype)
-              for d, p in zip(of_primals, given[4:], strict=True)),
-            *(None if d is None else d.imag.to(p.dtype)
-              for d, p in zip(of_primals, given[4:], strict=True)),
-        )  # fmt: skip
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        ctx.call, ctx.needed, *tensors = inputs
-        ctx.there = [result is not None for result in output]
-        ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
-
-    @staticmethod
-    def _function(call: Call, needed: tuple[bool, bool, bool]) -> Callable[..., Any]:
-        """The results that there are, by the reference."""
-        n = 4 + call[6] - 1
-
-        def function(*given: Any) -> tuple[Tensor, ...]:
-            found = _second_by_reference(call, needed, given[:n], given[n : 2 * n], given[2 * n :])
-            return tuple(t for t in found if t is not None)
-
-        return function
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        function = Second._function(ctx.call, ctx.needed)
-        given = [g for g in grads if g is not None]
-        return (None, None, *gradients_of(function, ctx.saved_tensors, given))
+            return (None,) * (10 + len(primals) + ctx.results)
+        along = _in_their_places(call, needed, directions)
+        if _is_dual(primals):
+            function = _gradient_by_reference(call, needed, Rest(*rest))
+            given = or_zeros(directions, _where(call, needed, primals))
+            found = gradients_of(function, (*grads, *primals), given)
+            of_grads, of_primals = _split(found, 4)
+        else:
+            needs = ctx.needs_input_grad[10 : 10 + len(primals)]
+            of_grads, of_primals = _second(
+                call, _needed(call, needs), (grads, primals), ((None,) * 4, along), Rest(*rest)
+            )
+        return (None, None, *of_grads, *(None,) * 4, *of_primals, *(None,) * ctx.results)
 
     @staticmethod
     def jvp(ctx: Any, _call: None, _needed: None, *tangents: Any) -> tuple[Tensor | None, ...]:
-        function = Second._function(ctx.call, ctx.needed)
-        found = iter(tangents_of(function, ctx.saved_tensors, tangents))
-        return tuple(next(found) if is_there else None for is_there in ctx.there)
-
-    @staticmethod
-    def vmap(info: Any, dims: tuple[Any, ...], call: Call, needed: Any, *tensors: Any) -> Any:
-        primals = batching.kinds_of_primals(call)
-        given = (*_RESULTS, *primals)
-        return batching.vmap(
-            Second.apply, info, dims[2:], (call, needed), tensors, (*given, *given, *batching.REST),
-            (*_RESULTS, *primals, *primals),
-        )  # fmt: skip
+        call, needed = ctx.call, ctx.needed
+        grads, rest, primals = _split(ctx.saved_tensors, 4, 4)
+        of_grads, _, of_primals, _ = _split(tangents, 4, 4, len(primals))
+        if _is_dual(primals):
+            function = _gradient_by_reference(call, needed, Rest(*rest))
+            return tangents_of(function, (*grads, *primals), (*of_grads, *of_primals))
+        with ops.in_forward_mode():
+            _, changes = _second(
+                call, needed, (grads, primals), (of_grads, of_primals), Rest(*rest)
+            )
+        return tuple(d for d in changes if d is not None)
 
 
 def _second(
     call: Call,
-    needed: tuple[bool, bool, bool],
-    given: Sequence[Tensor | None],
-    tangents: Sequence[Tensor | None],
-    rest: Sequence[Tensor | None],
-) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]:
-    """The three groups of what Second returns."""
-    n = call[6] - 1
-    found = Second.apply(call, needed, *given, *tangents, *rest)
-    return found[:4], found[4 : 4 + n], found[4 + n :]
+    needed: Needed,
+    at: tuple[Sequence[Any], Sequence[Any]],
+    along: tuple[Sequence[Any], Sequence[Any]],
+    rest: Rest,
+) -> tuple[Sequence[Any], Sequence[Any]]:
+    """At gradients g of results and primals x, along directions of both: the tangents J v of those
+    results that have a gradient, and what the gradients J^T g change by, where needed."""
+    (grads, primals), (of_grads, of_primals) = at, along
+    duals = _duals(primals, of_primals)
+    results = _forward(call, duals, rest, save=True)
+    saved = [results[0], *results[call.wanted :]]
+    found = _backward(call, needed, _duals(grads, of_grads), duals, saved, rest)
+    dtypes = _result_dtypes(call, primals[0])
+    tangents = _by_result(call, _tangents(results[: call.wanted], dtypes))
+    changes = [d.imag.to(primals[0].dtype) for d in found]
+    return (
+        [None if g is None else t for g, t in zip(grads, tangents, strict=True)],
+        _in_their_places(call, needed, changes),
+    )
 
 
-# ---- on dual numbers
+# ---- what arguments and results are
 
 
-def _duals(
-    values: Sequence[Tensor | None], tangents: Sequence[Tensor | None]
-) -> list[Tensor | None]:
+def _results(call: Call) -> int:
+    """How many layer_forward has that saves."""
+    saved = bool(call.saved_values) + call.traits.has_c + call.projected + (call.layer_norm > 0)
+    return call.wanted + saved
+
+
+def _by_result(call: Call, results: Sequence[Any]) -> tuple[Any, ...]:
+    """output, h_n, c_n and cells, of which a layer may lack the latter two, which are None then."""
+    return (*results[: call.wanted], None, None)[:4]
+
+
+def _result_dtypes(call: Call, input: Tensor) -> list[torch.dtype]:
+    dtypes = [input.dtype] * call.wanted
+    if call.want_cells:
+        dtypes[-1] = compute_dtype(input.dtype)
+    return dtypes
+
+
+def _needed(call: Call, needs: Sequence[bool]) -> Needed:
+    input, states, weights = call.split(needs)
+    return input, True in states, True in weights
+
+
+def _in_their_places(call: Call, needed: Needed, found: Sequence[Any]) -> tuple[Any, ...]:
+    """Gradients of input, states and weights; None for those that are not needed."""
+    left = iter(found)
+    return tuple(next(left) if need else None for need in _by_primal(call, needed))
+
+
+def _where(call: Call, needed: Needed, primals: Sequence[Any]) -> list[Any]:
+    """Those of the primals whose gradients are needed."""
+    return [p for p, need in zip(primals, _by_primal(call, needed), strict=True) if need]
+
+
+def _by_primal(call: Call, needed: Needed) -> list[bool]:
+    sizes = (1, call.states, call.primals - 1 - call.states)
+    return [need for need, size in zip(needed, sizes, strict=True) for _ in range(size)]
+
+
+# ---- dual numbers
+
+
+def _duals(values: Sequence[Any], tangents: Sequence[Any]) -> list[Any]:
     """value + tangent * e in the compute dtype, as the ops take it; without a tangent that is 0."""
     return [
         None if value is None and tangent is None else _dual(value, tangent)
@@ -478,20 +295,18 @@ def _duals(
 def _dual(value: Tensor | None, tangent: Tensor | None) -> Tensor:
     like = tangent if value is None else value
     assert like is not None
-    zeros = torch.zeros((), dtype=ops.compute_dtype(like.dtype), device=like.device)
+    zeros = torch.zeros((), dtype=compute_dtype(like.dtype), device=like.device)
     real, imag = (zeros if t is None else t.to(zeros.dtype) for t in (value, tangent))
     return torch.complex(real.expand_as(like), imag.expand_as(like))
 
 
-def _dual_forward(
-    call: Call, primals: Sequence[Any], rest: Sequence[Tensor | None], save: bool
-) -> Sequence[Tensor]:
-    cell, has_biases, lanes, directions, want_cells, begin, _, variation = call
-    *ragged, seed = rest
-    return ops.forward_op(cell, variation is not None)(
-        primals[0], primals[1 : begin - 1], primals[begin - 1 :], has_biases, *ragged, lanes,
-        directions, save, want_cells, *_last_arguments(variation, seed),
-    )  # fmt: skip
+def _tangents(duals: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    # Laid out as what they are tangents of: else torch makes room for them as vmap cannot.
+    return [dual.imag.to(dtype).contiguous() for dual, dtype in zip(duals, dtypes, strict=True)]
+
+
+def _swap(duals: Sequence[Any]) -> list[Any]:
+    return [None if dual is None else torch.complex(dual.imag, dual.real) for dual in duals]
 
 
 # ---- through the reference, which has derivatives of any order
@@ -500,38 +315,35 @@ def _dual_forward(
 def by_reference(
     call: Call,
     primals: Sequence[Tensor],
-    rest: Sequence[Tensor | None],
+    rest: Rest,
     trace: list[reference.Trace] | None = None,
 ) -> list[Tensor]:
-    """What the layer returns, of input, states and weights; ``trace`` as ``reference.layer``."""
-    cell, has_biases, lane_count, directions, want_cells, begin, _, varied = call
+    """What the layer returns, of its primals; ``trace`` as ``reference.layer``."""
+    variation, traits = call.variation or PLAIN, call.traits
     lengths, batch_sizes, resets, seed = rest
-    variation = varied or ops.PLAIN
-    traits = ops.CELLS[cell]
     exists = None  # (T, B): the steps that a packed sequence holds, in its order
     if batch_sizes is not None:
         exists = torch.arange(int(batch_sizes[0])) < batch_sizes.unsqueeze(1)
         lengths = exists.sum(0)
     # In the compute dtype, as the kernels: half types would lose what they keep between steps.
-    x, *tensors = (t.to(ops.compute_dtype(t.dtype)) for t in primals)
+    x, states, weights = call.split([t.to(compute_dtype(t.dtype)) for t in primals])
     if exists is not None:
         x = x.new_zeros((*exists.shape, x.shape[1])).masked_scatter(exists.unsqueeze(2), x)
-    states, weights = tensors[: begin - 2], tensors[begin - 2 :]
-    lanes = traits.by_lane(weights, has_biases, lane_count, variation.layer_norm)
-    rows, width = lanes[0].weight_hh.shape
+    named = reference_weights(call, weights)
+    rows, width = named[0].weight_hh.shape
     sizes = (width, rows // traits.gates)
-    zeros = [x.new_zeros((lane_count, x.shape[1], n)) for n in sizes]
+    zeros = [x.new_zeros((call.recurrences, x.shape[1], n)) for n in sizes]
     hx, cx = (*states, *zeros[len(states) :])
     factors = reference.layer_factors(
-        (*x.shape[:2], lane_count), sizes, (variation.zoneout_h, variation.zoneout_c),
+        (*x.shape[:2], call.recurrences), sizes, (variation.zoneout_h, variation.zoneout_c),
         variation.recurrent_dropout, seed, x,
     )  # fmt: skip
     # As an op: autocast has had its say about the arguments.
     autocast = torch._C._is_any_autocast_enabled()
     with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
         output, h_n, c_n, cells = reference.layer(
-            traits.name, x, hx, cx if traits.has_c else None, lanes, lengths, resets, directions,
-            factors, variation.layer_norm_eps, trace,
+            traits.name, x, hx, cx if traits.has_c else None, named, lengths, resets,
+            call.directions, factors, variation.layer_norm_eps, trace,
         )  # fmt: skip
     if exists is not None:
         output, cells = output[exists], None if cells is None else cells[exists]
@@ -539,42 +351,100 @@ def by_reference(
     results = [output.flatten(-2).to(like), h_n.to(like)]
     if c_n is not None:
         results.append(c_n.to(like))
-    if want_cells and cells is not None:
+    if call.want_cells and cells is not None:
         results.append(cells)
     return results
 
 
-def _second_by_reference(
-    call: Call,
-    needed: tuple[bool, bool, bool],
-    given: Sequence[Tensor | None],
-    tangents: Sequence[Tensor | None],
-    rest: Sequence[Tensor | None],
-) -> tuple[Tensor | None, ...]:
-    """As Second."""
-    begin, primals = call[5], [t for t in given[4:] if t is not None]
-    wanted = (
-        needed[0], *(needed[1],) * (begin - 2), *(needed[2],) * (call[6] - begin)
-    )  # fmt: skip
-    reached = [i for i in range(4) if given[i] is not None]
+def _by_reference(call: Call, rest: Rest) -> Callable[..., tuple[Tensor, ...]]:
+    """The layer as a function of dual primals."""
 
-    def gradient(grads: Sequence[Tensor], *primals: Tensor) -> tuple[Tensor, ...]:
-        def reached_results(*primals: Tensor) -> tuple[Tensor, ...]:
-            results = _by_result(call, by_reference(call, primals, rest))
-            return tuple(results[i] for i in reached)
+    def function(*duals: Tensor) -> tuple[Tensor, ...]:
+        def layer(*primals: Tensor) -> tuple[Tensor, ...]:
+            return tuple(by_reference(call, primals, rest))
 
-        found: tuple[Tensor, ...] = vjp(reached_results, *primals)[1](tuple(grads))
-        return found
+        return _dual_of(layer, duals)
 
-    grads = [g for g in given[:4] if g is not None]
-    of_primals, pull = vjp(gradient, grads, *primals)
-    of_grads, *changes = pull(tuple(or_zeros(tangents[4:], primals)))
-    if any(tangents[i] is not None for i in reached):
-        more = gradient(or_zeros([tangents[i] for i in reached], grads), *primals)
-        changes = [a + b for a, b in zip(changes, more, strict=True)]
-    found = dict(zip(reached, of_grads, strict=True))
-    return (
-        *(found.get(i) for i in range(4)),
-        *(d if is_wanted else None for d, is_wanted in zip(of_primals, wanted, strict=True)),
-        *(d if is_wanted else None for d, is_wanted in zip(changes, wanted, strict=True)),
-    )
+    return function
+
+
+def _gradient_by_reference(
+    call: Call, needed: Needed, rest: Rest
+) -> Callable[..., tuple[Tensor, ...]]:
+    """The gradient as a function of dual gradients of results, some of them None, and primals."""
+
+    def function(*given: Any) -> tuple[Tensor, ...]:
+        there = [i for i, grad in enumerate(given[:4]) if grad is not None]
+        def gradient(*values: Tensor) -> tuple[Tensor, ...]:
+            grads, primals = _split(values, len(there))
+
+            def reached(*primals: Tensor) -> tuple[Tensor, ...]:
+                results = _by_result(call, by_reference(call, primals, rest))
+                return tuple(results[i] for i in there)
+
+            found = vjp(reached, *primals)[1](tuple(grads))
+            return tuple(_where(call, needed, found))
+
+        return _dual_of(gradient, [given[i] for i in there] + list(given[4:]))
+
+    return function
+
+
+def _dual_of(
+    function: Callable[..., tuple[Tensor, ...]], duals: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """The function of reals at duals."""
+    values, tangents = [d.real for d in duals], [d.imag for d in duals]
+    found = zip(function(*values), jvp_of(function, values, tangents), strict=True)
+    return tuple(torch.complex(value, tangent) for value, tangent in found)
+
+
+# ---- whoever meets the ops below
+
+
+def asks(*groups: Sequence[Tensor | None]) -> bool:
+    """Whether somebody may ask for a derivative by one of these."""
+    tensors = [t for group in groups for t in group if t is not None]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return True
+    # Not by forward_ad's level, which compiled graphs do not keep.
+    return any(torch._VF._unpack_dual(t, level=0).tangent is not None for t in tensors)
+
+
+def apply_here(function: type[torch.autograd.Function], *arguments: Any) -> tuple[Any, ...]:
+    """``function.apply``, at the level of torch.func that has met the op.
+
+    The other levels meet the op that ``function`` calls.
+    """
+    with enable_single_level_autograd_function():
+        found: tuple[Any, ...] = super(torch.autograd.Function, function).apply(*arguments)
+    return found
+
+
+def _layer_forward(
+    cell: str, primals: Any, lengths: Any, batch_sizes: Any, resets: Any, seed: Any, settings: Any,
+    options: Any,
+) -> list[Tensor]:  # fmt: skip
+    rest = Rest(lengths, batch_sizes, resets, seed)
+    if not asks(primals):
+        with ops.below_autograd():
+            return ops.layer_forward(cell, primals, *rest, settings, options)
+    call, (save,) = call_of(cell, settings, options)
+    results = apply_here(Layer, call, *rest, *primals)
+    return list(results if save else results[: call.wanted])
+
+
+def _layer_backward(
+    cell: str, grads: Any, primals: Any, results: Any, rest: Any, settings: Any, options: Any
+) -> list[Tensor]:
+    if not asks(grads, primals):
+        with ops.below_autograd():
+            return ops.layer_backward(cell, grads, primals, results, rest, settings, options)
+    call, needed = call_of(cell, settings, options)
+    return list(apply_here(Gradient, call, needed, *grads, *rest, *primals, *results))
+
+
+ops.library.impl("layer_forward", _layer_forward, "Autograd")
+ops.library.impl("layer_backward", _layer_backward, "Autograd")
+batching.register(ops.layer_forward, batching.forward_rule)
+batching.register(ops.layer_backward, batching.backward_rule)

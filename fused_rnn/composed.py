@@ -1,215 +1,169 @@
-"""A layer made of torch's products and the recurrence ops: how CUDA runs the layer ops.
+"""A layer made of torch's products and the ops of recurrences: how CUDA runs the ops of layers.
 
-The products over all timesteps (x W_ih^T, and every weight gradient) are single ones of torch; the
-ops ``{cell}_recurrence_forward`` and ``_backward`` own what happens between them.
+The products over all timesteps (x W_ih^T, and every weight gradient) are single ones of torch;
+recurrence_forward and recurrence_backward own what happens between them.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
+from .cells import LAYER_NORMS, Call, call_of
 
-if TYPE_CHECKING:
-    from .ops import CellTraits
+Recurrence = Callable[..., list[Tensor]]
 
-Recurrence = Callable[..., tuple[Tensor, ...]]
-
-_SEPARATE = 1  # of ops.LAYER_NORMS
+_SEPARATE = LAYER_NORMS.index("separate")
 
 
 def forward(
-    cell: CellTraits,
     recurrence: Recurrence,
-    input: Tensor,
-    states: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    has_biases: bool,
-    lengths: Tensor | None,
-    batch_sizes: Tensor | None,
-    resets: Tensor | None,
-    lanes: int,
-    directions: int,
-    save: bool,
-    want_cells: bool,
-    *variation: Any,
+    cell: str,
+    primals: Sequence[Tensor],
+    *arguments: Any,
 ) -> list[Tensor]:
-    """``{cell}_forward`` by ``{cell}_recurrence_forward``, or varied by varied.
+    """layer_forward by recurrence_forward.
 
-    What is saved has other shapes than on the CPU: reserve (T, B, L, S*H), cells (T, B, L, H) or,
-    under zoneout of c, (T, B, L, 2*H).
+    What is saved has other shapes than on the CPU: reserve (T, B, R, S*H), cells (T, B, R, H) or,
+    under zoneout of c, (T, B, R, 2*H).
     """
-    _refuse_packed(batch_sizes)
-    layer_norm = variation[0] if variation else None
-    weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_ch, *norms = _by_kind(
-        cell, weights, has_biases, lanes, layer_norm
-    )
-    hh = _stack(weight_hh)
+    *rest, settings, options = arguments
+    call, (save,) = call_of(cell, settings, options)
+    _refuse_packed(rest)
+    input, states, weights = call.split(primals)
+    weights = _by_name(call, weights)
     T, B = input.shape[:2]
-    biased = has_biases and layer_norm != _SEPARATE
-    late_bias = _stack(bias_ih) if has_biases and not biased else None
+    biased = call.has_biases and call.layer_norm != _SEPARATE
     if input.dim() == 3:
-        gates = _linear(input, _concatenate(weight_ih), _concatenate(bias_ih) if biased else None)
-        gates = gates.view(T, B, lanes, hh.shape[1])
+        bias = _concatenate(weights["bias_ih"]) if biased else None
+        gates = _linear(input, _concatenate(weights["weight_ih"]), bias)
+        gates = gates.view(T, B, call.recurrences, -1)
     else:
-        gates = _einsum("tbli,lgi->tblg", input, _stack(weight_ih))
-        gates = gates + _stack(bias_ih) if biased else gates
-    output, h_n, c_n, reserve, cells, unprojected, *statistics = recurrence(
-        gates, *_states(states), hh,
-        _stack(bias_hh) if has_biases else None, _stack(weight_hr) if weight_hr else None,
-        _stack(weight_ch) if weight_ch else None, lengths, resets, directions, save, want_cells,
-        *_last(norms, late_bias, variation),
+        gates = _einsum("tbli,lgi->tblg", input, _stack(weights["weight_ih"]))
+        gates = gates + _stack(weights["bias_ih"]) if biased else gates
+    output, *results = recurrence(
+        cell, [gates, *states, *_stacked(call, weights)], *rest,
+        call.settings(save, allows_tf32()), options,
     )  # fmt: skip
-    results = [output.flatten(2), h_n]
-    if cell.has_c:
-        results.append(c_n)
-    if want_cells:
-        # An op's results may not alias.
-        H = hh.shape[1] // cell.gates
-        results.append(cells[..., :H].clone() if save else cells)
-    if save:
-        results += [reserve] if cell.saved_values(layer_norm) else []
-        results += [cells] if cell.has_c else []
-        results += [unprojected] if weight_hr else []
-        results += statistics if layer_norm else []
-    return results
+    return [output.flatten(2), *results]
 
 
 def backward(
-    cell: CellTraits,
     recurrence: Recurrence,
-    grad_output: Tensor | None,
-    grad_h_n: Tensor | None,
-    grad_c_n: Tensor | None,
-    grad_cells: Tensor | None,
-    input: Tensor,
-    states: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    has_biases: bool,
-    lengths: Tensor | None,
-    batch_sizes: Tensor | None,
-    resets: Tensor | None,
-    lanes: int,
-    directions: int,
-    output: Tensor,
-    saved: Sequence[Tensor],
-    need_input: bool,
-    need_states: bool,
-    need_weights: bool,
-    *variation: Any,
+    cell: str,
+    grads: Sequence[Tensor | None],
+    primals: Sequence[Tensor],
+    results: Sequence[Tensor],
+    rest: Sequence[Tensor | None],
+    settings: Sequence[int],
+    options: Sequence[float] | None,
 ) -> list[Tensor]:
-    """``{cell}_backward`` by ``{cell}_recurrence_backward``, or varied by varied."""
-    _refuse_packed(batch_sizes)
-    layer_norm = variation[0] if variation else None
-    weight_ih, weight_hh, _, _, weight_hr, weight_ch, *norms = _by_kind(
-        cell, weights, has_biases, lanes, layer_norm
-    )
-    T, B, I = *input.shape[:2], input.shape[-1]  # noqa: E741
-    per_lane = input.dim() == 4
-    output = output.unflatten(2, (lanes, -1))
-    none = input.new_empty(0)
-    left = iter(saved)
-    reserve = next(left) if cell.saved_values(layer_norm) else none
-    cells = next(left) if cell.has_c else none
-    unprojected = next(left) if weight_hr else none
-    hx, cx = _states(states)
-    statistics = next(left) if layer_norm else None
-    d_input_gates, d_hidden_gates, d_hx, d_cx, d_output, d_unit_weights, *keep = recurrence(
-        None if grad_output is None else grad_output.unflatten(2, (lanes, -1)),
-        grad_h_n, grad_c_n, grad_cells, output, reserve, cells, hx, cx, _stack(weight_hh),
-        _stack(weight_hr) if weight_hr else None, _stack(weight_ch) if weight_ch else None,
-        lengths, resets, directions, *_last(norms, statistics, variation),
+    """layer_backward by recurrence_backward."""
+    call, (need_input, need_states, need_weights) = call_of(cell, settings, options)
+    _refuse_packed(rest)
+    input, states, weights = call.split(primals)
+    weights = _by_name(call, weights)
+    lengths, _, resets, _ = rest
+    R, traits = call.recurrences, call.traits
+    output, *saved = results
+    output = output.unflatten(2, (R, -1))
+    grad_output = grads[0]
+    found = iter(
+        recurrence(
+            cell, [None if grad_output is None else grad_output.unflatten(2, (R, -1)), *grads[1:]],
+            [*states, *_stacked(call, weights)], [output, *saved], rest,
+            call.settings(allows_tf32()), options,
+        )
     )  # fmt: skip
-    split_gates = layer_norm == _SEPARATE or (cell.split_gates and not layer_norm)
-    if not split_gates:
-        d_hidden_gates = d_input_gates
+    d_input_gates = next(found)
+    split_gates = call.layer_norm == _SEPARATE or (traits.split_gates and not call.layer_norm)
+    d_hidden_gates = next(found) if split_gates else d_input_gates
+    d_states = [next(found) for _ in range(1 + traits.has_c)]
+    d_output = next(found) if call.projected else None
+    T, B, I = *input.shape[:2], input.shape[-1]  # noqa: E741
     gate_rows = d_input_gates.shape[-1]
-    d_inputs = d_input_gates.view(T * B, lanes * gate_rows)
-    results = []
-    if need_input and per_lane:
-        results.append(_einsum("tblg,lgi->tbli", d_input_gates, _stack(weight_ih)))
+    d_inputs = d_input_gates.view(T * B, R * gate_rows)
+    gradients = []
+    if need_input and input.dim() == 4:
+        gradients.append(_einsum("tblg,lgi->tbli", d_input_gates, _stack(weights["weight_ih"])))
     elif need_input:
-        results.append(_multiply(torch.mm, d_inputs, _concatenate(weight_ih)).view(T, B, I))
+        product = _multiply(torch.mm, d_inputs, _concatenate(weights["weight_ih"]))
+        gradients.append(product.view(T, B, I))
     if need_states:
-        results += [d_hx, d_cx] if cell.has_c else [d_hx]
+        gradients += d_states
     if not need_weights:
-        return results
+        return gradients
+    # What each weight's gradient is, one tensor per recurrence.
+    d_weights = _unit_gradients(call, found, input.dtype)
     read = reference.mask_beyond(input, lengths)
-    if per_lane:
-        d_weight_ih = _unstack(_einsum("tblg,tbli->lgi", d_input_gates, read))
+    if input.dim() == 4:
+        d_weights["weight_ih"] = _unstack(_einsum("tblg,tbli->lgi", d_input_gates, read))
     else:
-        d_weights = _multiply(torch.mm, d_inputs.t(), read.reshape(T * B, I))
-        d_weight_ih = _unstack(d_weights.view(lanes, gate_rows, I))
-    d_own = _unit_gradients(cell, d_unit_weights, lanes, layer_norm or 0, input.dtype)
-    if layer_norm == _SEPARATE:
+        d_weight_ih = _multiply(torch.mm, d_inputs.t(), read.reshape(T * B, I))
+        d_weights["weight_ih"] = _unstack(d_weight_ih.view(R, gate_rows, I))
+    if call.has_biases and call.layer_norm == _SEPARATE:
         # What is added to a normalised gate has one gradient, whatever it is called.
-        ln_ih_bias = 1 + (cell.unit_weights > 0)
-        d_bias_ih = [d[ln_ih_bias].clone() for d in d_own]
-        d_bias_hh = [d[ln_ih_bias + 2].clone() for d in d_own]
-    else:
-        d_bias_ih = _unstack(d_inputs.sum(0).view(lanes, gate_rows))
-        d_bias_hh = [
-            d_hidden_gates[:, :, lane].sum((0, 1)) if split_gates else d_bias_ih[lane].clone()
-            for lane in range(lanes if has_biases else 0)
-        ]
-    previous = _previous_hidden(output, hx, lengths, resets, directions)
-    if keep and keep[0].numel():
-        kept = _multiply(torch.mul, previous.unflatten(1, (T, B)), keep[0].unsqueeze(1))
+        d_weights["bias_ih"] = [d.clone() for d in d_weights["ln_ih_bias"]]
+        d_weights["bias_hh"] = [d.clone() for d in d_weights["ln_hh_bias"]]
+    elif call.has_biases:
+        d_weights["bias_ih"] = _unstack(d_inputs.sum(0).view(R, gate_rows))
+        d_weights["bias_hh"] = (
+            [d_hidden_gates[:, :, r].sum((0, 1)) for r in range(R)]
+            if split_gates
+            else [d.clone() for d in d_weights["bias_ih"]]
+        )
+    previous = _previous_hidden(output, states[0] if states else None, lengths, resets, call)
+    for keep in found:  # under recurrent dropout
+        kept = _multiply(torch.mul, previous.unflatten(1, (T, B)), keep.unsqueeze(1))
         previous = kept.to(previous.dtype).flatten(1, 2)
-    for lane in range(lanes):
-        d_hidden = d_hidden_gates[:, :, lane].reshape(T * B, gate_rows)
-        if cell.late_gate:
-            H = gate_rows // cell.gates
-            early, late = d_hidden.t().split([gate_rows - H, H])
-            # What the late gate's product read: the first gate times h (csrc/cells/cell.h).
-            first = reserve[:, :, lane, :H].reshape(T * B, H)
-            read = _multiply(torch.mul, previous[lane], first)
-            d_weight_hh = torch.cat(
-                [_multiply(torch.mm, early, previous[lane]), _multiply(torch.mm, late, read)]
+    d_hidden = [d_hidden_gates[:, :, r].reshape(T * B, gate_rows) for r in range(R)]
+    if traits.late_gate:
+        H = gate_rows // traits.gates
+        # What the late gate's product read: the first gate times h (csrc/cells/cell.h).
+        first = [saved[0][:, :, r, :H].reshape(T * B, H) for r in range(R)]
+        d_weights["weight_hh"] = [
+            torch.cat(
+                [
+                    _multiply(torch.mm, d[:, :-H].t(), h),
+                    _multiply(torch.mm, d[:, -H:].t(), _multiply(torch.mul, h, gate)),
+                ]
             )
-        else:
-            d_weight_hh = _multiply(torch.mm, d_hidden.t(), previous[lane])
-        results += [d_weight_ih[lane], d_weight_hh]
-        if has_biases:
-            results += [d_bias_ih[lane], d_bias_hh[lane]]
-        if weight_hr:
-            d_projected = d_output[:, :, lane].reshape(T * B, output.shape[-1])
-            m = unprojected[:, :, lane].reshape(T * B, unprojected.shape[-1])
-            results.append(_multiply(torch.mm, d_projected.t(), m))
-        results += d_own[lane]
-    return results
+            for d, h, gate in zip(d_hidden, previous, first, strict=True)
+        ]
+    else:
+        d_weights["weight_hh"] = [
+            _multiply(torch.mm, d.t(), h) for d, h in zip(d_hidden, previous, strict=True)
+        ]
+    if d_output is not None:
+        unprojected = saved[bool(call.saved_values) + traits.has_c]
+        d_weights["weight_hr"] = [
+            _multiply(torch.mm, d_output[:, :, r].flatten(0, 1).t(), unprojected[:, :, r].flatten(0, 1))
+            for r in range(R)
+        ]
+    return gradients + [d_weights[w.name][r] for r in range(R) for w in call.table]
 
 
-def _refuse_packed(batch_sizes: Tensor | None) -> None:
-    if batch_sizes is not None:
+def _refuse_packed(rest: Sequence[Tensor | None]) -> None:
+    if rest[1] is not None:
         raise RuntimeError("Expected batch_sizes to be None: only the CPU takes packed sequences")
 
 
-def _by_kind(
-    cell: CellTraits,
-    weights: Sequence[Tensor],
-    has_biases: bool,
-    lanes: int,
-    layer_norm: int | None,
-) -> tuple[list[Tensor], ...]:
-    """Per field of ``reference.Weights`` one tensor per lane, or nothing."""
-    by_lane = cell.by_lane(weights, has_biases, lanes, layer_norm or 0)
-    return tuple([t for t in kind if t is not None] for kind in zip(*by_lane, strict=True))
+def _by_name(call: Call, weights: Sequence[Tensor]) -> dict[str, list[Tensor]]:
+    """Per weight one tensor for each recurrence."""
+    by_recurrence = call.by_recurrence(weights)
+    return {w.name: [of[w.name] for of in by_recurrence] for w in call.table}
 
 
-def _last(
-    norms: Sequence[list[Tensor]], other: Tensor | None, variation: tuple[Any, ...]
-) -> tuple[Any, ...]:
-    """The last arguments of a varied recurrence, or of a plain one: whether float32 may round."""
-    if variation:
-        return ([_stack(of) for of in norms if of], other, *variation)
-    return (allows_tf32(),)
+def _stacked(call: Call, weights: dict[str, list[Tensor]]) -> list[Tensor]:
+    """The weights that are not in input_gates, as the ops of recurrences take them."""
+    inside = {"weight_ih"} if call.layer_norm == _SEPARATE else {"weight_ih", "bias_ih"}
+    return [_stack(tensors) for name, tensors in weights.items() if name not in inside]
 
 
 def allows_tf32() -> bool:
@@ -218,30 +172,26 @@ def allows_tf32() -> bool:
 
 
 def _unit_gradients(
-    cell: CellTraits, d_unit_weights: Tensor, lanes: int, layer_norm: int, dtype: torch.dtype
-) -> list[list[Tensor]]:
-    """Per lane those of weight_ch, if there is one, and of each norm, as an op returns them."""
-    sizes = [cell.unit_weights] if cell.unit_weights else []
-    for of in cell.norms(layer_norm):
-        sizes += [1 if of == "c" else cell.gates] * 2
-    if not sizes:
-        return [[] for _ in range(lanes)]
-    kinds = d_unit_weights.sum(1).split(sizes, dim=1)
-    return [[d[lane].flatten().to(dtype, copy=True) for d in kinds] for lane in range(lanes)]
-
-
-def _states(states: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:
-    hx, cx = (*states, None, None)[:2]
-    return hx, cx
+    call: Call, found: Iterator[Tensor], dtype: torch.dtype
+) -> dict[str, list[Tensor]]:
+    """Those of weights that a unit has for itself: weight_ch, and weight and bias of each norm."""
+    own = {w.name: w.factor for w in call.table if w.name.startswith(("weight_ch", "ln_"))}
+    if not own:
+        return {}
+    kinds = next(found).sum(1).split(list(own.values()), dim=1)
+    return {
+        name: [of.flatten().to(dtype, copy=True) for of in kind]
+        for name, kind in zip(own, kinds, strict=True)
+    }
 
 
 def _stack(tensors: Sequence[Tensor]) -> Tensor:
-    """(L, ...) from one tensor per lane; a view for a single lane."""
+    """(R, ...) from one tensor per recurrence; a view for a single one."""
     return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tuple(tensors))
 
 
 def _unstack(tensor: Tensor) -> list[Tensor]:
-    """One tensor per lane, none a view of what another is a view of."""
+    """One tensor per recurrence, none a view of what another is a view of."""
     return [tensor.squeeze(0)] if len(tensor) == 1 else [t.clone() for t in tensor]
 
 
@@ -275,15 +225,15 @@ def _previous_hidden(
     hx: Tensor | None,
     lengths: Tensor | None,
     resets: Tensor | None,
-    directions: int,
+    call: Call,
 ) -> Tensor:
-    """(L, T*B, P): the h that each step's recurrent product read."""
-    T, B, L, P = output.shape
-    lanes = []
-    for lane in range(L):
-        out = output[:, :, lane]
-        initial = (out.new_zeros((B, P)) if hx is None else hx[lane]).unsqueeze(0)
-        if directions == 1 or lane % 2 == 0:
+    """(R, T*B, P): the h that each step's recurrent product read."""
+    T, B, R, P = output.shape
+    found = []
+    for r in range(R):
+        out = output[:, :, r]
+        initial = (out.new_zeros((B, P)) if hx is None else hx[r]).unsqueeze(0)
+        if call.directions == 1 or r % 2 == 0:
             previous = torch.cat([initial, out[:-1]])
         else:
             previous = torch.cat([out[1:], initial])
@@ -291,8 +241,8 @@ def _previous_hidden(
                 steps = torch.arange(T, device=output.device).unsqueeze(1)
                 begins = (steps == lengths - 1).unsqueeze(-1)
                 previous = torch.where(begins, initial, previous)
-        lanes.append(previous[:T].reshape(T * B, P))
-    stacked = torch.stack(lanes)
+        found.append(previous[:T].reshape(T * B, P))
+    stacked = torch.stack(found)
     if resets is not None:
         stacked = stacked.masked_fill(resets.reshape(1, T * B, 1), 0)
     if lengths is not None:

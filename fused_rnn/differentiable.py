@@ -7,17 +7,45 @@ forward mode, and a tensor that such a function brought along may be that of ano
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
+# What torch.func hides from an op's kernel, which runs at one of its levels.
+_HIDDEN = tuple(
+    torch._C._parse_dispatch_key(name)
+    for name in (
+        "FuncTorchDynamicLayerFrontMode", "FuncTorchGradWrapper", "FuncTorchBatched",
+        "Batched", "VmapMode", "Functionalize", "Conjugate", "Negative",
+        "ZeroTensor", "Tracer", "PythonTLSSnapshot",
+    )
+)  # fmt: skip
+
+
+def _apply(function: Callable[..., tuple[Tensor, ...]], *arguments: Any) -> tuple[Tensor, ...]:
+    """``Differentiable.apply``, from within an op's kernel too: levels of torch.func begin at it."""
+    with _with_all_levels():
+        found: tuple[Tensor, ...] = Differentiable.apply(function, *arguments)
+    return found
+
+
+def _with_all_levels() -> AbstractContextManager[Any]:
+    if not torch._C._dispatch_tls_is_dispatch_key_excluded(_HIDDEN[0]):
+        return nullcontext()
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in _HIDDEN:
+        excluded = excluded.remove(key)
+    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
+
+
 class Differentiable(torch.autograd.Function):
     """From (function, *arguments) to function(*arguments), a tuple, of torch's operations alone.
 
     Its derivatives are functions of that kind again, so there are any number of them. Arguments are
-    tensors or None, and all the tensors there are; derivatives are by those of a floating dtype.
+    tensors or None, and all the tensors there are; derivatives are by those of a floating or complex dtype.
     """
 
     @staticmethod
@@ -41,7 +69,7 @@ class Differentiable(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, dims: tuple[Any, ...], function: Any, *arguments: Any) -> Any:
         batched = torch.func.vmap(function, dims[1:], randomness=info.randomness)
-        results = Differentiable.apply(batched, *arguments)
+        results = _apply(batched, *arguments)
         return results, (0,) * len(results)
 
 
@@ -58,7 +86,7 @@ def gradients_of(
         found: tuple[Tensor, ...] = pull(given[n:])
         return found
 
-    found = dict(zip(there, Differentiable.apply(gradient, *arguments, *grads), strict=True))
+    found = dict(zip(there, _apply(gradient, *arguments, *grads), strict=True))
     return tuple(found.get(i) for i in range(n))
 
 
@@ -76,11 +104,14 @@ def tangents_of(
         return jvp_of(of_some, [given[i] for i in there], given[n:])
 
     along = list(or_zeros(along, [arguments[i] for i in there]))
-    return Differentiable.apply(tangent, *arguments, *along)
+    return _apply(tangent, *arguments, *along)
 
 
 def _floating(arguments: Sequence[Tensor | None]) -> list[int]:
-    return [i for i, t in enumerate(arguments) if t is not None and t.is_floating_point()]
+    return [
+        i for i, t in enumerate(arguments)
+        if t is not None and (t.is_floating_point() or t.is_complex())
+    ]  # fmt: skip
 
 
 def _of_some(

@@ -17,7 +17,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import _C, composed, modules, ops, stack
+from . import composed, modules, ops, stack
+from .binary import _C
+from .cells import Call, Rest, call_of
+from .stack import Recurrence
 
 WIDTH = 80  # of the table, in characters
 
@@ -42,19 +45,6 @@ class Choice(NamedTuple):
     @property
     def engine(self) -> str:
         return self.candidates[0].engine
-
-
-class Recurrence(NamedTuple):
-    """What an op of one layer was called with, as far as the choice depends on it."""
-
-    cell: str  # of ops.CELLS
-    dtype: str
-    T: int
-    B: int
-    lanes: int
-    H: int  # hidden units of a lane
-    projected: bool
-    varied: bool
 
 
 class Explanation:
@@ -203,26 +193,15 @@ def expect_layer(layer: Any) -> None:
 
 
 class OpCall(NamedTuple):
-    """What the op of one layer was called with; its letters stand in ``autograd.run_layer``."""
+    """What the op of one layer was called with."""
 
-    cell: ops.CellTraits
-    varied: bool
-    input: Tensor
-    states: Sequence[Tensor]
-    weights: Sequence[Tensor]
-    has_biases: bool
-    lengths: Tensor | None
-    batch_sizes: Tensor | None
-    resets: Tensor | None
-    lanes: int
-    directions: int
-    save: bool
-    want_cells: bool
-    variation: tuple[Any, ...]  # the fields of ops.Variation and the seed, if varied
+    call: Call
+    primals: Sequence[Tensor]
+    rest: Rest
 
 
 class Recorder(TorchDispatchMode):
-    """Notes what the ops of layers are called with."""
+    """Notes what the op of layers is called with."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -231,19 +210,19 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        for name, cell in ops.CELLS.items():
-            for varied in (False, True):
-                if func is ops.forward_op(name, varied):
-                    self.seen.append(OpCall._make((cell, varied, *args[:11], args[11:])))
+        if func is ops.layer_forward:
+            cell, primals, *rest, settings, options = args
+            call, _ = call_of(cell, settings, options)
+            self.seen.append(OpCall(call, primals, Rest(*rest)))
         return func(*args, **(kwargs or {}))
 
 
 def _recurrence(of: OpCall) -> Recurrence:
-    unprojected = of.cell.weights(of.has_biases, of.variation[0] if of.varied else 0)
+    call = of.call
+    input, _, weights = call.split(of.primals)
     return Recurrence(
-        of.cell.name, str(of.input.dtype).removeprefix("torch."), of.input.shape[0],
-        of.input.shape[1], of.lanes, of.weights[1].shape[0] // of.cell.gates,
-        len(of.weights) // of.lanes > unprojected, of.varied,
+        call.cell, str(input.dtype).removeprefix("torch."), *input.shape[:2], call.recurrences,
+        weights[1].shape[0] // call.traits.gates, call.projected, call.variation is not None,
     )  # fmt: skip
 
 
@@ -352,16 +331,15 @@ def _wavefront(
     if len(recurrences) == 1 or of.varied:
         return None
     return stack.plan(
-        of.cell, of.dtype, of.T, of.B, of.lanes, of.H, layers=len(recurrences),
-        projected=of.projected, training=training, captured=False, chip=chip,
+        of, layers=len(recurrences), training=training, captured=False, chip=chip
     )  # fmt: skip
 
 
 def _plan(of: Recurrence, backward: bool, tf32: bool, chip: str | None) -> list[Candidate]:
     try:
-        plan = ops.CELLS[of.cell].library.cuda_plan(
-            of.cell, of.dtype, of.T, of.B, of.lanes, of.H, projected=of.projected,
-            varied=of.varied, tf32=tf32, backward=backward, chip=chip,
+        plan = _C.cuda_plan(
+            *of[:6], projected=of.projected, varied=of.varied, tf32=tf32, backward=backward,
+            chip=chip,
         )  # fmt: skip
     except ValueError as error:  # an op makes this of what C++ throws
         raise RuntimeError(str(error)) from None

@@ -11,12 +11,11 @@ from torch.nn import Parameter
 from torch.nn.modules.rnn import RNNBase, RNNCellBase
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from . import functional, ops
+from . import checks, functional
+from .cells import CELLS, LAYER_NORMS
 
 # Taken once: inside fused_rnn.patch(), torch.nn.LSTM is our own class.
 _TorchLSTM = nn.LSTM
-
-LAYER_NORMS = ops.LAYER_NORMS
 
 States = tuple[Tensor, ...]  # (h,) or, for LSTM, (h, c)
 
@@ -77,25 +76,25 @@ class _Options:
         self.layer_norm = LAYER_NORMS[options.layer_norm if options else 0]
         return self.peephole or self.coupled or heads > 1 or self.layer_norm is not False
 
-    def _options(self) -> functional.Options | None:
+    def _options(self) -> checks.Options | None:
         # At every call: the rates may be changed at any time, as torch.nn's dropout.
-        return functional.check_options(
+        return checks.check_options(
             self._has_c, self.layer_norm, self.layer_norm_eps, self.zoneout,
             self.recurrent_dropout, self.weight_dropout,
         )  # fmt: skip
 
     def _own_shapes(self, cell: str) -> dict[str, tuple[int, ...]]:
         """Weights that torch.nn's layer does not have, or has in another shape."""
-        traits, H, heads = ops.CELLS[cell], self.hidden_size, self.num_heads  # type: ignore[attr-defined]
+        traits, H, heads = CELLS[cell], self.hidden_size, self.num_heads  # type: ignore[attr-defined]
         shapes: dict[str, tuple[int, ...]] = {}
         if heads > 1:
             shapes["weight_hh"] = (heads, traits.gates * H // heads, H // heads)
-        if traits.unit_weights:
-            shapes["weight_ch"] = (traits.unit_weights * H,)
-        for of in traits.norms(LAYER_NORMS.index(self.layer_norm)):
-            rows = H if of == "c" else traits.gates * H
-            shapes |= {f"ln_{of}_weight": (rows,), f"ln_{of}_bias": (rows,)}
-        return shapes
+        table = traits.table(False, False, LAYER_NORMS.index(self.layer_norm))
+        return shapes | {
+            weight.name: weight.shape({"H": H})
+            for weight in table
+            if weight.name not in ("weight_ih", "weight_hh")
+        }
 
     def reset_parameters(self) -> None:
         """Draws weights as torch.nn does; a normalisation begins as none: weight 1, bias 0."""
@@ -118,7 +117,7 @@ class _Layer(_Options, RNNBase):
                 "num_heads should be 1 with proj_size, since a projection mixes the heads, got "
                 f"num_heads={self.num_heads} and proj_size={self.proj_size}"
             )
-        rows = ops.CELLS[self._cell()].gates * self.hidden_size
+        rows = CELLS[self._cell()].gates * self.hidden_size
         own = self._own_shapes(self._cell())
         old = dict(self._parameters)
         self._parameters.clear()
@@ -190,7 +189,7 @@ class _Layer(_Options, RNNBase):
             if isinstance(lengths, Tensor) and lengths.dim() == 0:
                 lengths = lengths.unsqueeze(0)
             if resets is not None:
-                functional.expect_tensor("resets", resets, (input.size(0),), input)
+                checks.expect_tensor("resets", resets, (input.size(0),), input)
                 resets = resets.unsqueeze(batch_dim)
             input = input.unsqueeze(batch_dim)
             states = None if states is None else tuple(s.unsqueeze(1) for s in states)
@@ -215,7 +214,7 @@ class _Layer(_Options, RNNBase):
         if resets is not None:
             shape = (len(batch_sizes), int(batch_sizes[0]))
             expected = shape[::-1] if self.batch_first else shape
-            functional.expect_tensor("resets", resets, expected, data)
+            checks.expect_tensor("resets", resets, expected, data)
             resets = resets.transpose(0, 1) if self.batch_first else resets
         # The rows stay sorted; states and resets follow them there, and final states come back.
         if sorted_indices is not None:
@@ -280,10 +279,13 @@ class _Layer(_Options, RNNBase):
                 pack_padded_sequence(t, lengths).data if i in _SEQUENCES else t
                 for i, t in enumerate(results)
             ]
+        layers = checks.Layers(
+            self._cell(), self.bias, self.num_layers, self.dropout, self.training,
+            self.bidirectional, batch_first, self._options(),
+        )  # fmt: skip
         return functional.run(
-            self._cell(), input, () if states is None else states, self._weights(), self.bias,
-            self.num_layers, self.dropout, self.training, self.bidirectional, batch_first, lengths,
-            resets, return_cells, batch_sizes, self._options(),
+            layers, input, () if states is None else states, self._weights(), lengths, resets,
+            return_cells, batch_sizes,
         )  # fmt: skip
 
     def _weights(self) -> list[Tensor]:
@@ -607,9 +609,10 @@ class _Cell(_Options, RNNCellBase):
         if has_biases:
             weights += [bias_ih, bias_hh]
         weights += [getattr(self, name) for name in self._own_weights]
-        result = functional.step(
-            cell, input, states or (), weights, has_biases, self.training, self._options()
+        layers = checks.Layers(
+            cell, has_biases, train=self.training, options=self._options()
         )
+        result = functional.step(layers, input, states or (), weights)
         return result if batched else tuple(s.squeeze(0) for s in result)
 
     def _check_state_dim(self, what: str, state: Tensor | None) -> None:

@@ -13,11 +13,15 @@ expectation.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from . import _C, ops
-from .reference import Weights
+from . import ops
+from .binary import _C
+from .cells import Call, call_of
+
+_BUILT_IN = frozenset(_C.cells())
 
 # ONNX's order of the gates, by their places in ours; a coupled LSTM has no i, which is 1 - f, that
 # is f of the opposite argument.
@@ -35,30 +39,49 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
         from onnxscript import opset18
     except ImportError as error:
         raise ImportError("export to ONNX needs onnxscript: pip install onnx onnxscript") from error
-    table: dict[Callable[..., Any], Callable[..., Any]] = {}
-    varied = "layer normalisation, zoneout or recurrent dropout"
-    for cell, traits in ops.CELLS.items():
-        known = traits.library is _C
-        table[ops.forward_op(cell)] = (
-            _translation(cell, opset18) if known else _refusal(cell, "this cell")
-        )
-        table[ops.forward_op(cell, varied=True)] = _refusal(cell, varied)
-    return table
+    return {ops.layer_forward: functools.partial(_translate, opset18)}
+
+
+def _translate(
+    op: Any, cell: str, primals: Sequence[Any], lengths: Any, batch_sizes: Any, resets: Any,
+    seed: Any, settings: Any, options: Any,
+) -> tuple[Any, ...]:  # fmt: skip
+    """layer_forward."""
+    call, _ = call_of(cell, settings, options)
+    if cell not in _BUILT_IN:
+        _refuse(cell, "this cell")
+    if call.variation is not None:
+        _refuse(cell, "layer normalisation, zoneout or recurrent dropout")
+    if resets is not None:
+        _refuse(cell, "resets")
+    if call.want_cells:
+        _refuse(cell, "the cell states of every step")
+    if call.projected:
+        _refuse(cell, "a projection")
+    input, states, weights = call.split(primals)
+    H = int(weights[1].shape[1])
+    if lengths is not None:
+        lengths = op.Cast(lengths, to=6)  # int32
+    by_recurrence = call.by_recurrence(weights)
+    D, heads = call.directions, call.recurrences // call.directions
+    operator = _operator(op, call)
+    found = []
+    for n in range(heads):
+        of_head = states if heads == 1 else [_split(op, s, heads, 0)[n] for s in states]
+        found.append(operator(input, by_recurrence[n * D : (n + 1) * D], of_head, lengths, H))
+    if heads == 1:
+        return found[0]
+    output, *final = zip(*found, strict=True)
+    return (op.Concat(*output, axis=2), *(op.Concat(*state, axis=0) for state in final))
 
 
 def _refuse(cell: str, what: str) -> None:
     raise NotImplementedError(f"{cell}: ONNX has no recurrent operator with {what}")
 
 
-def _refusal(cell: str, what: str) -> Callable[..., Any]:
-    def refuse(*args: Any) -> None:
-        _refuse(cell, what)
-
-    return refuse
-
-
-def _translation(cell: str, op: Any) -> Callable[..., Any]:
-    traits = ops.CELLS[cell]
+def _operator(op: Any, call: Call) -> Callable[..., tuple[Any, ...]]:
+    """Writes one operator of ONNX: all directions of a head."""
+    cell, traits = call.cell, call.traits
     kind = cell.split("_")[0].upper()
     base = cell.removesuffix("_peephole") if cell.startswith("lstm") else cell.split("_")[0]
 
@@ -81,61 +104,35 @@ def _translation(cell: str, op: Any) -> Callable[..., Any]:
         axis = op.Constant(value_ints=[0])
         return op.Concat(*(op.Unsqueeze(t, axis) for t in tensors), axis=0)
 
-    def group(
-        input: Any, lanes: Sequence[Weights], states: Sequence[Any], lengths: Any, H: int
+    def operator(
+        input: Any, of: Sequence[dict[str, Any]], states: Sequence[Any], lengths: Any, H: int
     ) -> tuple[Any, ...]:
-        """One operator: all directions of a head."""
         biases = None
-        if lanes[0].bias_ih is not None:
+        if call.has_biases:
             biases = stack(
-                [op.Concat(in_order(w.bias_ih), in_order(w.bias_hh), axis=0) for w in lanes]
+                [op.Concat(in_order(w["bias_ih"]), in_order(w["bias_hh"]), axis=0) for w in of]
             )
         arguments = [
-            input, stack([in_order(w.weight_ih) for w in lanes]),
-            stack([in_order(w.weight_hh) for w in lanes]), biases, lengths, *states,
+            input, stack([in_order(w["weight_ih"]) for w in of]),
+            stack([in_order(w["weight_hh"]) for w in of]), biases, lengths, *states,
         ]  # fmt: skip
         attributes: dict[str, Any] = {
-            "hidden_size": H, "direction": "bidirectional" if len(lanes) == 2 else "forward"
+            "hidden_size": H, "direction": "bidirectional" if len(of) == 2 else "forward"
         }  # fmt: skip
         if kind == "GRU":
             attributes["linear_before_reset"] = int(not traits.late_gate)
         if kind == "RNN":
-            attributes["activations"] = [cell.split("_")[1].capitalize()] * len(lanes)
-        if lanes[0].weight_ch is not None:
+            attributes["activations"] = [cell.split("_")[1].capitalize()] * len(of)
+        if traits.unit_weights:
             arguments += [None] * (7 - len(arguments)) + [
-                stack([peepholes(w.weight_ch) for w in lanes])
+                stack([peepholes(w["weight_ch"]) for w in of])
             ]
         output, *final = getattr(op, kind)(*arguments, **attributes)
         # (T, D, B, H) to (T, B, D*H).
         output = op.Transpose(output, perm=[0, 2, 1, 3])
         return (op.Reshape(output, op.Constant(value_ints=[0, 0, -1])), *final)
 
-    def translate(
-        input: Any, states: Sequence[Any], weights: Sequence[Any], has_biases: bool, lengths: Any,
-        batch_sizes: Any, resets: Any, lanes: int, directions: int, save: bool, want_cells: bool,
-    ) -> tuple[Any, ...]:  # fmt: skip
-        if resets is not None:
-            _refuse(cell, "resets")
-        if want_cells:
-            _refuse(cell, "the cell states of every step")
-        by_lane = traits.by_lane(weights, has_biases, lanes)
-        if by_lane[0].weight_hr is not None:
-            _refuse(cell, "a projection")
-        H = int(weights[1].shape[1])
-        if lengths is not None:
-            lengths = op.Cast(lengths, to=6)  # int32
-        heads = lanes // directions
-        found = []
-        for n in range(heads):
-            of_head = states if heads == 1 else [_split(op, s, heads, 0)[n] for s in states]
-            here = by_lane[n * directions : (n + 1) * directions]
-            found.append(group(input, here, of_head, lengths, H))
-        if heads == 1:
-            return found[0]
-        output, *final = zip(*found, strict=True)
-        return (op.Concat(*output, axis=2), *(op.Concat(*state, axis=0) for state in final))
-
-    return translate
+    return operator
 
 
 def _split(op: Any, tensor: Any, parts: int, axis: int) -> list[Any]:

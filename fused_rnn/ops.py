@@ -1,118 +1,66 @@
-"""The compiled ops: loads ``fused_rnn._C`` and tells torch the shapes of their results.
+"""The compiled ops: their handles, and the shapes, costs and devices of their results.
 
-``torch.ops.fused_rnn.{cell}_forward`` and ``{cell}_backward`` are one layer, all directions; the
-schemas and their letters stand in ``csrc/binding.cpp`` and ``csrc/params.h``. Their results have no
-gradient: that is ``autograd.py``'s. On CUDA they are composed of torch's products and the
-recurrence ops (``composed.py``).
+Schemas stand in ``csrc/binding``, with what each argument is. ``autograd.py`` and ``additive.py``
+register derivatives and batching rules, so that whoever meets an op below our Python has all of
+it. On CUDA layers are composed of torch's products and the ops of recurrences (``composed.py``).
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Sequence
-from types import ModuleType
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import register_flop_formula
 
 from . import composed
 from .binary import _C
-from .reference import Weights
+from .cells import RESERVE_BLOCK, Call, call_of, compute_dtype
+
+Settings = Sequence[int]
+Options = Sequence[float] | None
+
+layer_forward = torch.ops.fused_rnn.layer_forward.default
+layer_backward = torch.ops.fused_rnn.layer_backward.default
+recurrence_forward = torch.ops.fused_rnn.recurrence_forward.default
+recurrence_backward = torch.ops.fused_rnn.recurrence_backward.default
+attention_forward = torch.ops.fused_rnn.additive_attention_forward.default
+attention_backward = torch.ops.fused_rnn.additive_attention_backward.default
+
+library = torch.library.Library("fused_rnn", "IMPL")  # what it implements, it takes along
+
+# Calls within it go past what differentiates ops: a Python function, which takes its time.
+below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
-class CellTraits(NamedTuple):
-    """What code outside the kernels needs to know of a cell."""
+def at_lower_levels() -> AbstractContextManager[Any]:
+    """``below_autograd`` within an autograd.Function's forward.
 
-    name: str
-    gates: int  # rows of weight_ih and weight_hh per hidden unit
-    saved: int  # values per unit and step in the reserve
-    unit_weights: int  # weights per unit that the cell itself reads
-    has_c: bool  # whether there is a cell state beside h
-    split_gates: bool  # whether the gradients of input and hidden gates differ
-    reads_h: bool  # whether backward reads the h that the cell gave
-    late_gate: bool  # whether the last gate's product reads h times the first gate
-    library: ModuleType  # the extension that has it
-
-    def norms(self, layer_norm: int) -> tuple[str, ...]:
-        """What is normalised: each has a weight and a bias."""
-        of_gates = ((), ("ih", "hh"), ("g",))[layer_norm]
-        return (*of_gates, "c") if of_gates and self.has_c else of_gates
-
-    def saved_values(self, layer_norm: int | None) -> int:
-        """Values per unit and step in the reserve; None for the plain op."""
-        if layer_norm is None:
-            return self.saved
-        count: int = self.library.saved_values(self.name, layer_norm)
-        return count
-
-    def weights(self, has_biases: bool, layer_norm: int = 0) -> int:
-        """How many tensors of weights a lane has without a projection."""
-        own = (self.unit_weights > 0) + 2 * len(self.norms(layer_norm))
-        return (4 if has_biases else 2) + own
-
-    def by_lane(
-        self, weights: Sequence[Tensor], has_biases: bool, lanes: int, layer_norm: int = 0
-    ) -> list[Weights]:
-        """An op's flat list of weights, lane by lane."""
-        each = len(weights) // lanes
-        found = []
-        for i in range(lanes):
-            left = iter(weights[i * each : (i + 1) * each])
-            weight_ih, weight_hh = next(left), next(left)
-            bias_ih, bias_hh = (next(left), next(left)) if has_biases else (None, None)
-            weight_hr = next(left) if each > self.weights(has_biases, layer_norm) else None
-            weight_ch = next(left) if self.unit_weights else None
-            norms = {
-                f"ln_{of}_{kind}": next(left)
-                for of in self.norms(layer_norm)
-                for kind in ("weight", "bias")
-            }
-            found.append(
-                Weights(weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_ch, **norms)
-            )
-        return found
+    There torch has turned gradients off, for other levels of torch.func too, which want theirs.
+    """
+    if not torch._C._are_functorch_transforms_active():
+        return below_autograd()
+    contexts = ExitStack()
+    contexts.enter_context(below_autograd())
+    contexts.enter_context(torch.enable_grad())
+    contexts.enter_context(forward_ad._set_fwd_grad_enabled(True))
+    return contexts
 
 
-LAYER_NORMS = (False, "separate", "joint")  # by the number that ops know them by
+def in_forward_mode() -> AbstractContextManager[Any]:
+    """What surrounds the operations of an autograd.Function's jvp, for the same reason.
+
+    Outside torch.func there are no other levels, but somebody may want gradients of tangents.
+    """
+    return at_lower_levels() if torch._C._are_functorch_transforms_active() else nullcontext()
 
 
-class Variation(NamedTuple):
-    """What options change in the step around a cell: the last arguments of the varied ops."""
-
-    layer_norm: int = 0  # of LAYER_NORMS
-    zoneout_h: float = 0.0
-    zoneout_c: float = 0.0
-    recurrent_dropout: float = 0.0
-    layer_norm_eps: float = 1e-5
-
-
-PLAIN = Variation()
-
-
-CELLS: dict[str, CellTraits] = {}
-
-RESERVE_BLOCK = _C.reserve_block  # units that lie side by side in what the CPU engine saves
-
-
-# By whether they are the varied ones, and cell.
-_FORWARD: dict[bool, dict[str, OpOverload]] = {False: {}, True: {}}
-_BACKWARD: dict[bool, dict[str, OpOverload]] = {False: {}, True: {}}
-
-
-def forward_op(cell: str, varied: bool = False) -> OpOverload:
-    return _FORWARD[varied][cell]
-
-
-def backward_op(cell: str, varied: bool = False) -> OpOverload:
-    return _BACKWARD[varied][cell]
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type that values stored as ``dtype`` are accumulated in; cell states are kept in it."""
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+# ---- shapes
 
 
 def _check_devices(input: Tensor, *others: Tensor | None) -> None:
@@ -124,194 +72,85 @@ def _check_devices(input: Tensor, *others: Tensor | None) -> None:
             )
 
 
-def _time(input: Tensor, states: Sequence[Tensor], batch_sizes: Tensor | None) -> tuple[int, int]:
-    """T and B; B is among the values of ``batch_sizes``, and may have to stay unknown."""
+def _sizes(call: Call, primals: Sequence[Tensor], batch_sizes: Tensor | None) -> dict[str, Any]:
+    """T, B, H and P, by their letters; B is among the values of batch_sizes, and may be unknown."""
+    input, states, weights = call.split(primals)
+    weight_hh = weights[1]
+    sizes = {"H": weight_hh.shape[0] // call.traits.gates, "P": weight_hh.shape[1]}
     if batch_sizes is None:
-        return input.shape[0], input.shape[1]
+        return sizes | {"T": input.shape[0], "B": input.shape[1]}
     if batch_sizes.device.type != "cpu":
         raise RuntimeError(f"Expected batch_sizes on the CPU, got {batch_sizes.device}")
-    T = batch_sizes.shape[0]
-    if states:
-        return T, states[0].shape[1]
-    return T, torch.library.get_ctx().new_dynamic_size()  # type: ignore[return-value]
+    B = states[0].shape[1] if states else torch.library.get_ctx().new_dynamic_size()
+    return sizes | {"T": batch_sizes.shape[0], "B": B}
 
 
-def _register_fakes(cell: CellTraits) -> None:
-    def forward(
-        input: Tensor,
-        states: Sequence[Tensor],
-        weights: Sequence[Tensor],
-        has_biases: bool,
-        lengths: Tensor | None,
-        batch_sizes: Tensor | None,
-        resets: Tensor | None,
-        lanes: int,
-        directions: int,
-        save: bool,
-        want_cells: bool,
-        layer_norm: int | None = None,
-        zoneout_h: float = 0.0,
-        zoneout_c: float = 0.0,
-        recurrent_dropout: float = 0.0,
-        layer_norm_eps: float = 1e-5,
-        seed: Tensor | None = None,
-    ) -> list[Tensor]:
-        _check_devices(input, *states, *weights, lengths, resets, seed)
-        T, B = _time(input, states, batch_sizes)
-        rows = input.shape[:2] if batch_sizes is None else input.shape[:1]
-        H, P = weights[1].shape[0] // cell.gates, weights[1].shape[1]
-        projected = len(weights) // lanes > cell.weights(has_biases, layer_norm or 0)
-        new = input.new_empty
-        c_dtype = compute_dtype(input.dtype)
-
-        def reserve(values: int, dtype: torch.dtype) -> Tensor:
-            if input.device.type == "cuda":
-                return new((T, B, lanes, values * H), dtype=dtype)
-            blocks = -(-H // RESERVE_BLOCK)
-            return new((T, lanes, blocks, B, values, RESERVE_BLOCK), dtype=dtype)
-
-        results = [new((*rows, lanes * P)), new((lanes, B, P))]
-        if cell.has_c:
-            results.append(new((lanes, B, H)))
-        if want_cells:
-            results.append(new((*rows, lanes, H), dtype=c_dtype))
-        if save:
-            saved, cells = cell.saved_values(layer_norm), 1 + (zoneout_c > 0)
-            results += [reserve(saved, input.dtype)] if saved else []
-            results += [reserve(cells, c_dtype)] if cell.has_c else []
-            results += [new((*rows, lanes, H))] if projected else []
-            norms = len(cell.norms(layer_norm or 0))
-            results += [new((T, lanes, B, norms), dtype=c_dtype)] if norms else []
-        return results
-
-    def backward(
-        grad_output: Tensor | None,
-        grad_h_n: Tensor | None,
-        grad_c_n: Tensor | None,
-        grad_cells: Tensor | None,
-        input: Tensor,
-        states: Sequence[Tensor],
-        weights: Sequence[Tensor],
-        has_biases: bool,
-        lengths: Tensor | None,
-        batch_sizes: Tensor | None,
-        resets: Tensor | None,
-        lanes: int,
-        directions: int,
-        output: Tensor,
-        saved: Sequence[Tensor],
-        need_input: bool,
-        need_states: bool,
-        need_weights: bool,
-        *variation: Any,
-    ) -> list[Tensor]:
-        grads = (grad_output, grad_h_n, grad_c_n, grad_cells)
-        _check_devices(input, *grads, *states, *weights, lengths, resets, output, *saved)
-        _check_devices(input, *variation[5:])
-        _, B = _time(input, states, batch_sizes)
-        H, P = weights[1].shape[0] // cell.gates, weights[1].shape[1]
-        shapes: list[tuple[int, ...]] = [tuple(input.shape)] if need_input else []
-        if need_states:
-            shapes += [(lanes, B, P), (lanes, B, H)] if cell.has_c else [(lanes, B, P)]
-        if need_weights:
-            shapes += [tuple(weight.shape) for weight in weights]
-        return [input.new_empty(shape) for shape in shapes]
-
-    for kind in ("", "_varied"):
-        torch.library.register_fake(f"fused_rnn::{cell.name}{kind}_forward", forward)
-        torch.library.register_fake(f"fused_rnn::{cell.name}{kind}_backward", backward)
-
-
-def compose_layer(cell: CellTraits, namespace: str = "fused_rnn", device: str = "CUDA") -> None:
-    """Implements the layer ops of ``cell`` on a device by its recurrence ops (``composed.py``)."""
-    for kind in ("", "_varied"):
-        for direction in ("forward", "backward"):
-            name = f"{cell.name}{kind}_recurrence_{direction}"
-            recurrence = getattr(getattr(torch.ops, namespace), name).default
-            implement = functools.partial(_compose, direction, cell, recurrence, device.lower())
-            torch.library.impl(f"{namespace}::{cell.name}{kind}_{direction}", device, implement)
-
-
-def _compose(
-    direction: str, cell: CellTraits, recurrence: OpOverload, device: str, *args: Any
+@torch.library.register_fake("fused_rnn::layer_forward")
+def _layer_forward_fake(
+    cell: str,
+    primals: Sequence[Tensor],
+    lengths: Tensor | None,
+    batch_sizes: Tensor | None,
+    resets: Tensor | None,
+    seed: Tensor | None,
+    settings: Settings,
+    options: Options,
 ) -> list[Tensor]:
-    # As every op: no graph inside, and dtypes that depend on the arguments alone.
-    with torch.no_grad(), torch.autocast(device, enabled=False):
-        return getattr(composed, direction)(cell, recurrence, *args)
+    call, (save,) = call_of(cell, settings, options)
+    _check_devices(*primals, lengths, resets, seed)
+    input, L = primals[0], call.recurrences
+    sizes = _sizes(call, primals, batch_sizes)
+    T, B, H, P = (sizes[letter] for letter in "TBHP")
+    rows = input.shape[:2] if batch_sizes is None else input.shape[:1]
+    new = input.new_empty
+    c_dtype = compute_dtype(input.dtype)
+
+    def reserve(values: int, dtype: torch.dtype) -> Tensor:
+        if input.device.type == "cuda":
+            return new((T, B, L, values * H), dtype=dtype)
+        blocks = -(-H // RESERVE_BLOCK)
+        return new((T, L, blocks, B, values, RESERVE_BLOCK), dtype=dtype)
+
+    has_c = call.traits.has_c
+    results = [new((*rows, L * P)), new((L, B, P))]
+    results += [new((L, B, H))] if has_c else []
+    results += [new((*rows, L, H), dtype=c_dtype)] if call.want_cells else []
+    if save:
+        cells = 1 + (call.variation is not None and call.variation.zoneout_c > 0)
+        norms = len(norms_of(call))
+        results += [reserve(call.saved_values, input.dtype)] if call.saved_values else []
+        results += [reserve(cells, c_dtype)] if has_c else []
+        results += [new((*rows, L, H))] if call.projected else []
+        results += [new((T, L, B, norms), dtype=c_dtype)] if norms else []
+    return results
 
 
-def add_cells(library: ModuleType) -> list[CellTraits]:
-    """Takes the cells of an extension into ``CELLS``: its ops have been defined by importing it."""
-    cells = [
-        CellTraits(name, **traits, library=library) for name, traits in library.cells().items()
-    ]
-    for cell in cells:
-        for varied, kind in ((False, ""), (True, "_varied")):
-            for table, direction in ((_FORWARD, "forward"), (_BACKWARD, "backward")):
-                name = f"{cell.name}{kind}_{direction}"
-                table[varied][cell.name] = getattr(torch.ops.fused_rnn, name).default
-                # Their derivatives are autograd.py's. What torch puts in place of one that is
-                # missing takes longer than it takes to multiply by a small weight.
-                _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
-        _register_fakes(cell)
-        if library.build_info()["cuda"] is not None:
-            compose_layer(cell)
-        CELLS[cell.name] = cell
-    return cells
+def norms_of(call: Call) -> list[str]:
+    """What is normalised, by the letters of its weights."""
+    return [w.name[3:-7] for w in call.table if w.name.startswith("ln_") and "_weight" in w.name]
 
 
-_library = torch.library.Library("fused_rnn", "IMPL")  # what it implements, it takes along
-add_cells(_C)
-
-
-@torch.library.register_fake("fused_rnn::additive_attention_forward")
-def _attention_forward_fake(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lengths: Tensor | None,
-    mask: Tensor | None,
-    causal: bool,
-    dropout_p: float,
-    seed: int,
-    want_weights: bool,
-    want_scores: bool,
-) -> tuple[Tensor, ...]:
-    _check_devices(query, key, value, weight, bias, lengths, mask)
-    B, Tq, _ = query.shape
-    pairs = (B, Tq, key.shape[1])
-    return (
-        query.new_empty((B, Tq, value.shape[2])),
-        query.new_empty((B, Tq), dtype=compute_dtype(query.dtype)),
-        query.new_empty(pairs if want_weights else (0,)),
-        query.new_empty(pairs if want_scores else (0,)),
-    )
-
-
-@torch.library.register_fake("fused_rnn::additive_attention_backward")
-def _attention_backward_fake(
-    grad_context: Tensor | None,
-    grad_weights: Tensor | None,
-    grad_scores: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lengths: Tensor | None,
-    mask: Tensor | None,
-    causal: bool,
-    dropout_p: float,
-    seed: int,
-    context: Tensor,
-    logsumexp: Tensor,
-) -> tuple[Tensor, ...]:
-    grads = (grad_context, grad_weights, grad_scores)
-    _check_devices(query, key, value, weight, bias, lengths, mask, context, logsumexp, *grads)
-    shapes = [t.shape for t in (query, key, value, weight)]
-    return tuple(query.new_empty(s) for s in (*shapes, (0,) if bias is None else bias.shape))
+@torch.library.register_fake("fused_rnn::layer_backward")
+def _layer_backward_fake(
+    cell: str,
+    grads: Sequence[Tensor | None],
+    primals: Sequence[Tensor],
+    results: Sequence[Tensor],
+    rest: Sequence[Tensor | None],
+    settings: Settings,
+    options: Options,
+) -> list[Tensor]:
+    call, (need_input, need_states, need_weights) = call_of(cell, settings, options)
+    lengths, batch_sizes, *others = rest
+    _check_devices(*primals, *grads, *results, lengths, *others)
+    input, _, weights = call.split(primals)
+    sizes = _sizes(call, primals, batch_sizes)
+    L, B, H, P = call.recurrences, sizes["B"], sizes["H"], sizes["P"]
+    shapes: list[Any] = [input.shape] if need_input else []
+    if need_states:
+        shapes += [(L, B, P), (L, B, H)] if call.traits.has_c else [(L, B, P)]
+    shapes += [weight.shape for weight in weights] if need_weights else []
+    return [input.new_empty(shape) for shape in shapes]
 
 
 # dropout(input, p, seed): input * reference.dropout_factors(seed, WEIGHT_DROPOUT, input.shape, p).
@@ -338,16 +177,132 @@ torch.library.register_autograd(
 )
 
 
+@torch.library.register_fake("fused_rnn::additive_attention_forward")
+def _attention_forward_fake(
+    primals: Sequence[Tensor],
+    lengths: Tensor | None,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    settings: Settings,
+) -> tuple[Tensor, ...]:
+    _check_devices(*primals, lengths, mask, seed)
+    query, key, value, *_ = primals
+    _, want_weights, want_scores = settings
+    B, Tq, _ = query.shape
+    pairs = (B, Tq, key.shape[1])
+    return (
+        query.new_empty((B, Tq, value.shape[2])),
+        query.new_empty((B, Tq), dtype=compute_dtype(query.dtype)),
+        query.new_empty(pairs if want_weights else (0,)),
+        query.new_empty(pairs if want_scores else (0,)),
+    )
+
+
+@torch.library.register_fake("fused_rnn::additive_attention_backward")
+def _attention_backward_fake(
+    grads: Sequence[Tensor | None],
+    primals: Sequence[Tensor],
+    results: Sequence[Tensor],
+    rest: Sequence[Tensor | None],
+    dropout_p: float,
+    settings: Settings,
+) -> list[Tensor]:
+    _check_devices(*primals, *grads, *results, *rest)
+    return [primals[0].new_empty(t.shape) for t in primals]
+
+
+# ---- arithmetic, as torch counts it: two operations for each multiply-add of a product
+
+
+def _product_flops(call: Call, primals: Sequence[Any], batch_sizes: Any) -> dict[str, int]:
+    """Of each matrix of the recurrences, once for every row and step; of shapes for tensors."""
+    input, _, weights = call.split(primals)
+    rows = input[0] if batch_sizes is not None else input[0] * input[1]
+    flops = dict.fromkeys(("weight_ih", "weight_hh", "weight_hr"), 0)
+    for of in call.by_recurrence(weights):
+        for name in flops.keys() & of.keys():
+            flops[name] += 2 * rows * of[name][0] * of[name][1]
+    return flops
+
+
+@register_flop_formula(torch.ops.fused_rnn.layer_forward)
+def _layer_forward_flops(
+    cell: str, primals: Any, lengths: Any, batch_sizes: Any, resets: Any, seed: Any, settings: Any,
+    options: Any, **_: Any,
+) -> int:  # fmt: skip
+    call, _ = call_of(cell, settings, options)
+    return sum(_product_flops(call, primals, batch_sizes).values())
+
+
+@register_flop_formula(torch.ops.fused_rnn.layer_backward)
+def _layer_backward_flops(
+    cell: str, grads: Any, primals: Any, results: Any, rest: Any, settings: Any, options: Any,
+    **_: Any,
+) -> int:  # fmt: skip
+    call, (need_input, _, need_weights) = call_of(cell, settings, options)
+    flops = _product_flops(call, primals, rest[1])
+    once = sum(flops.values())
+    # The gradient of h is always needed, from step to step.
+    return once * (1 + need_weights) - flops["weight_ih"] * (not need_input)
+
+
+def _attention_flops(primals: Sequence[Any]) -> int:
+    # Of each pair of a query and a key: A channels of the score, and D of the product with values.
+    query, key, value = primals[:3]
+    return 2 * query[0] * query[1] * key[1] * (query[2] + value[2])
+
+
+@register_flop_formula(torch.ops.fused_rnn.additive_attention_forward)
+def _attention_forward_flops(primals: Any, *_: Any, **__: Any) -> int:
+    return _attention_flops(primals)
+
+
+@register_flop_formula(torch.ops.fused_rnn.additive_attention_backward)
+def _attention_backward_flops(grads: Any, primals: Any, *_: Any, **__: Any) -> int:
+    return 2 * _attention_flops(primals)
+
+
+# ---- CUDA
+
+
+def compose_layers(
+    forward: Callable[..., Any] = recurrence_forward,
+    backward: Callable[..., Any] = recurrence_backward,
+    namespace: str = "fused_rnn",
+    device: str = "CUDA",
+) -> None:
+    """Implements the ops of layers on a device by those of recurrences (``composed.py``)."""
+    for name, implementation, recurrence in (
+        ("layer_forward", composed.forward, forward),
+        ("layer_backward", composed.backward, backward),
+    ):
+        implement = functools.partial(_compose, implementation, recurrence, device.lower())
+        torch.library.impl(f"{namespace}::{name}", device, implement)
+
+
+def _compose(
+    implementation: Callable[..., list[Tensor]], recurrence: Any, device: str, *args: Any
+) -> list[Tensor]:
+    # As every op: no graph inside, and dtypes that depend on the arguments alone.
+    with torch.no_grad(), torch.autocast(device, enabled=False):
+        return implementation(recurrence, *args)
+
+
+if _C.build_info()["cuda"] is not None:
+    compose_layers()
+
+
 def _triton_kernels() -> Any:
     # When first needed: triton is there where CUDA is, and slow to import.
     return importlib.import_module("fused_rnn.kernels.attention_scores")
 
 
 @torch.library.impl("fused_rnn::additive_attention_forward", "CUDA")
-def _attention_forward_cuda(*args: Any) -> tuple[Tensor, ...]:
-    return _triton_kernels().forward(*args)
+def _attention_forward_cuda(*arguments: Any) -> tuple[Tensor, ...]:
+    return _triton_kernels().forward(*arguments)
 
 
 @torch.library.impl("fused_rnn::additive_attention_backward", "CUDA")
-def _attention_backward_cuda(*args: Any) -> tuple[Tensor, ...]:
-    return _triton_kernels().backward(*args)
+def _attention_backward_cuda(*arguments: Any) -> list[Tensor]:
+    return _triton_kernels().backward(*arguments)

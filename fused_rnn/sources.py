@@ -38,11 +38,16 @@ def with_cuda() -> bool:
     )
 
 
-def sources(cuda: bool) -> list[str]:
-    """What is compiled, relative to ``csrc``."""
-    # The plan of the CUDA engines is plain C++: every build can tell what a GPU would do.
-    found = ["binding.cpp", "cuda/plan.cpp", *_files("cpu/*.cpp")]
+def engines(cuda: bool) -> list[str]:
+    """What is compiled around a list of cells, relative to ``csrc``; it needs no torch."""
+    found = ["library.cpp", *_files("cpu/*.cpp")]
     return found + _files("cuda/*.cu") if cuda else found
+
+
+def sources(cuda: bool) -> list[str]:
+    """What the extension is compiled from, relative to ``csrc``."""
+    # The plan of the CUDA engines is plain C++: every build can tell what a GPU would do.
+    return [*engines(cuda), "cuda/plan.cpp", *_files("binding/*.cpp")]
 
 
 def flags(cuda: bool) -> dict[str, list[str]]:

@@ -25,7 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import autograd, composed, ops
+from . import autograd, composed
+from .binary import _C
+from .cells import Call, Rest
 
 VARIABLE = "FUSED_RNN_CUDA_WAVEFRONT"
 
@@ -42,8 +44,7 @@ class LayerCall(Protocol):
         weights: Sequence[Tensor],
         input: Tensor,
         states: Sequence[Tensor],
-        lengths: Tensor | None,
-        resets: Tensor | None,
+        rest: Rest,
         want_cells: bool,
         /,
     ) -> Sequence[Tensor]: ...
@@ -54,8 +55,7 @@ def run(
     input: Tensor,
     weights: Sequence[Sequence[Tensor]],
     states: Sequence[Sequence[Tensor]],
-    lengths: Tensor | None,
-    resets: Tensor | None,
+    rest: Rest,
     dropout: float,
     want_cells: bool,
     parts: int,
@@ -64,7 +64,7 @@ def run(
 
     Args:
         layer: calls a layer.
-        input, lengths, resets: as ``autograd.run_layer`` takes them; packed only in one part.
+        input, rest: as ``autograd.run_layer`` takes them; packed only in one part.
         weights, states: of each layer; states are empty for zeros.
         dropout: of what goes from one layer to the next.
         want_cells: whether the cells of the last layer are wanted.
@@ -85,14 +85,14 @@ def run(
         weights = [[w.view_as(w) for w in of_layer] for of_layer in weights]
         for stream, *used in zip(streams, weights, states, strict=True):
             _will_use(stream, *used)
-    for output, ends, begins in _parts_of_time(input, lengths, resets, parts):
+    for output, of_part in _parts_of_time(input, rest, parts):
         for k, stream in enumerate(streams):
             if stream is not None and k > 0:
                 stream.wait_stream(streams[k - 1])
-                _will_use(stream, [output, ends, begins])
+                _will_use(stream, [output, *of_part])
             with nullcontext() if stream is None else torch.cuda.stream(stream):
                 output, *left[k] = layer(
-                    weights[k], output, left[k], ends, begins, want_cells and k == top
+                    weights[k], output, left[k], of_part, want_cells and k == top
                 )
                 if want_cells and k == top:
                     *left[k], found = left[k]
@@ -108,21 +108,19 @@ def run(
     return [_over_time(outputs), *final, *([_over_time(cells)] if want_cells else [])]
 
 
-def _parts_of_time(
-    input: Tensor, lengths: Tensor | None, resets: Tensor | None, parts: int
-) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None]]:
-    """input, lengths and resets of each part."""
+def _parts_of_time(input: Tensor, rest: Rest, parts: int) -> Iterator[tuple[Tensor, Rest]]:
+    """The arguments of each part."""
     if parts == 1:
-        yield input, lengths, resets
+        yield input, rest
         return
+    lengths, _, resets, _ = rest
     size = -(-len(input) // parts)
     begin = 0
     for part in input.split(size):
         end = begin + len(part)
-        yield (
-            part,
-            None if lengths is None else (lengths - begin).clamp(0, len(part)),
-            None if resets is None else resets[begin:end],
+        yield part, Rest(
+            lengths=None if lengths is None else (lengths - begin).clamp(0, len(part)),
+            resets=None if resets is None else resets[begin:end],
         )
         begin = end
 
@@ -149,14 +147,7 @@ def _will_use(stream: torch.cuda.Stream, *groups: Sequence[Tensor | None]) -> No
                 tensor.record_stream(stream)
 
 
-def parts(
-    cell: str,
-    input: Tensor,
-    weights: Sequence[Sequence[Tensor]],
-    directions: int,
-    projected: bool,
-    variation: ops.Variation | None,
-) -> int:
+def parts(call: Call, input: Tensor, weights: Sequence[Sequence[Tensor]]) -> int:
     """In how many parts of time a stack of layers with these weights runs; 1: layer after layer.
 
     Raises:
@@ -166,20 +157,35 @@ def parts(
         return 1
     # The last step of the other direction is the first that the next layer wants. What is drawn is
     # drawn by timestep, and would be drawn again in every part.
-    if directions > 1 or variation is not None or autograd.is_transformed():
+    if call.directions > 1 or call.variation is not None or autograd.is_transformed():
         return 1
-    T, B, _ = input.shape
     weight_hh = weights[0][1]
-    lanes = weight_hh.shape[0] if weight_hh.dim() == 3 else 1
     training = torch.is_grad_enabled() and (
         input.requires_grad or any(w.requires_grad for of_layer in weights for w in of_layer)
     )
     with torch.cuda.device(input.device):
         return plan(
-            cell, str(input.dtype).removeprefix("torch."), T, B, lanes, weight_hh.shape[-1],
-            layers=len(weights), projected=projected, training=training,
+            Recurrence(
+                call.cell, str(input.dtype).removeprefix("torch."), *input.shape[:2],
+                weight_hh.shape[0] if weight_hh.dim() == 3 else 1, weight_hh.shape[-1],
+                call.projected, varied=False,
+            ),
+            layers=len(weights), training=training,
             captured=torch.cuda.is_current_stream_capturing(),
         ).parts  # fmt: skip
+
+
+class Recurrence(NamedTuple):
+    """What an op of one layer was called with, as far as the choice of an engine depends on it."""
+
+    cell: str  # of CELLS
+    dtype: str
+    T: int
+    B: int
+    lanes: int
+    H: int  # hidden units of a lane
+    projected: bool
+    varied: bool
 
 
 class Plan(NamedTuple):
@@ -191,15 +197,9 @@ class Plan(NamedTuple):
 
 
 def plan(
-    cell: str,
-    dtype: str,
-    T: int,
-    B: int,
-    lanes: int,
-    H: int,
+    of: Recurrence,
     *,
     layers: int,
-    projected: bool,
     training: bool,
     captured: bool,
     chip: str | None = None,
@@ -214,8 +214,8 @@ def plan(
         if not given.isdecimal() or int(given) == 0:
             raise RuntimeError(f"Expected {VARIABLE} to be a positive integer, got {given}")
         return Plan(int(given), 0, 0)
-    found = ops.CELLS[cell].library.cuda_wavefront(
-        cell, dtype, T, B, lanes, H, layers=layers, projected=projected,
-        tf32=composed.allows_tf32(), training=training, captured=captured, chip=chip,
+    found = _C.cuda_wavefront(
+        *of[:6], layers=layers, projected=of.projected, tf32=composed.allows_tf32(),
+        training=training, captured=captured, chip=chip,
     )  # fmt: skip
     return Plan(**found)

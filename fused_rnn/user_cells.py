@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import hashlib
-import importlib.util
 import os
 import re
 import shlex
@@ -13,12 +13,12 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
 
-from . import _C, ops, reference
+from . import cells, reference, sources
+from .binary import _C
 from .modules import RNN, _Layer, _LayerWithC
 
 # What is compiled for the instruction set in use: engine.cpp's number, and the files.
@@ -71,8 +71,8 @@ def load_cell(
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the header has no such struct.
-        RuntimeError: it does not compile, there is no compiler, ninja or pybind11, or the folder
-            for extensions cannot be written.
+        RuntimeError: it does not compile, there is no compiler or ninja, or the folder for
+            extensions cannot be written.
     """
     header = Path(path).resolve()
     if not header.is_file():
@@ -84,7 +84,7 @@ def load_cell(
     name = f"{_with_underscores(struct)}_{_digest(*_texts(header, {}).values())}"
     with _loading:
         if name not in _layers:
-            (traits,) = ops.add_cells(_library(name, struct, header, verbose))
+            (traits,) = cells.add_cells(_library(name, struct, header, verbose))
             _layers[name] = _layer_class(struct, name, traits, header)
         _take_reference(name, struct, reference)
         return _layers[name]
@@ -111,7 +111,7 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def _layer_class(struct: str, name: str, traits: ops.CellTraits, header: Path) -> type[_OfUser]:
+def _layer_class(struct: str, name: str, traits: cells.CellTraits, header: Path) -> type[_OfUser]:
     base: type[_OfUser] = _UserLayerWithC if traits.has_c else _UserLayer
     members = {
         "__module__": __name__,
@@ -152,7 +152,7 @@ class _OfUser(_Layer):
             num_heads=num_heads, layer_norm=layer_norm, layer_norm_eps=layer_norm_eps,
             zoneout=zoneout, recurrent_dropout=recurrent_dropout, weight_dropout=weight_dropout,
         )  # fmt: skip
-        if self.layer_norm is not False and ops.CELLS[self._cell()].late_gate:
+        if self.layer_norm is not False and cells.CELLS[self._cell()].late_gate:
             raise ValueError(
                 f"layer_norm should be False with {self._get_name()}, whose gates are not there at "
                 f"one time, got layer_norm={self.layer_norm!r}"
@@ -183,18 +183,16 @@ def _take_reference(name: str, struct: str, given: Callable[..., tuple[Any, ...]
 
     if given is not None or name not in reference.CELLS:
         reference.CELLS[name] = cell
-    if ops.CELLS[name].late_gate:
+    if cells.CELLS[name].late_gate:
         reference.LATE_GATES.add(name)
 
 
-def _library(name: str, struct: str, header: Path, verbose: bool) -> ModuleType:
-    """The extension with the cell's ops: compiled, if it is not there, and imported."""
+def _library(name: str, struct: str, header: Path, verbose: bool) -> dict[str, dict[str, Any]]:
+    """The facts of the cell, whose library is compiled, if it is not there, and loaded."""
     # Not before: it imports setuptools, which only those need who compile.
     from torch.utils import cpp_extension
 
-    from . import sources
-
-    pybind11 = _pybind11(cpp_extension.get_cxx_compiler(), cpp_extension.is_ninja_available())
+    _expect_compiler(cpp_extension.get_cxx_compiler(), cpp_extension.is_ninja_available())
     cuda = _C.build_info()["cuda"] is not None and sources.with_cuda()
     number, sets = _SETS[_C.active_instruction_set()]
     csrc = sources.csrc()
@@ -202,7 +200,7 @@ def _library(name: str, struct: str, header: Path, verbose: bool) -> ModuleType:
     both = ["-DFUSED_RNN_USER_CELLS", f"-DFUSED_RNN_SETS={number}"]
     compiled = [
         source
-        for source in sources.sources(cuda)
+        for source in sources.engines(cuda)
         if (engine := re.fullmatch(r"cpu/engine_(\w+?)(_duals)?\.cpp", source)) is None
         or engine[1] in sets
     ]
@@ -239,23 +237,28 @@ def _library(name: str, struct: str, header: Path, verbose: bool) -> ModuleType:
         _attempts[name] = attempt + 1
         both.append(f"-DFUSED_RNN_ATTEMPT={attempt}")  # or torch takes a failure for a success
         try:
-            return cpp_extension.load(
+            library = cpp_extension.load(
                 f"fused_rnn_{name}",
                 [str(wrapper) for wrapper in wrappers],
                 extra_cflags=[*map(shlex.quote, flags["cxx"]), *both],
                 extra_cuda_cflags=[*map(shlex.quote, flags.get("nvcc", [])), *both],
-                # pybind11 before torch's, as in setup.py.
-                extra_include_paths=[str(folder), str(csrc), pybind11],
+                extra_include_paths=[str(folder), str(csrc)],
                 build_directory=str(folder),
                 with_cuda=cuda,
+                is_python_module=False,
                 verbose=verbose,
             )
         except RuntimeError as error:
             raise RuntimeError(f"{header} does not compile:\n{_complaints(str(error))}") from error
+    # Loaded for good: the engine calls into it.
+    found = ctypes.CDLL(library).fused_rnn_library
+    address = ctypes.cast(found, ctypes.c_void_p).value
+    assert address is not None
+    return _C.add_library(address)
 
 
-def _pybind11(compiler: str, has_ninja: bool) -> str:
-    """Where pybind11's headers are; what else compiling needs is there."""
+def _expect_compiler(compiler: str, has_ninja: bool) -> None:
+    """Raises RuntimeError where there is none, or no ninja."""
     command = shlex.split(compiler)[0]
     if shutil.which(command) is None:
         raise RuntimeError(
@@ -264,11 +267,6 @@ def _pybind11(compiler: str, has_ninja: bool) -> str:
         )
     if not has_ninja:
         raise RuntimeError("load_cell needs ninja: pip install ninja")
-    if importlib.util.find_spec("pybind11") is None:
-        raise RuntimeError("load_cell needs pybind11: pip install pybind11")
-    import pybind11
-
-    return str(pybind11.get_include())
 
 
 def _complaints(output: str) -> str:

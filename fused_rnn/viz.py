@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from . import modules, ops
+from . import modules
 from .autograd import by_reference
 from .explain import expect_layer, op_calls
 
@@ -73,20 +73,11 @@ def gate_values(
         if lengths is not None:
             raise ValueError("lengths: a PackedSequence brings its own, expected None")
         input, lengths = pad_packed_sequence(input, layer.batch_first)
-    call = op_calls(layer, (input, hx, lengths, resets), training=False)[layer_index]
-    begin = 2 + len(call.states)
-    *variation, _ = call.variation or (None,)
+    calls = op_calls(layer, (input, hx, lengths, resets), training=False)
+    call, primals, rest = calls[layer_index]
     trace: list[dict[str, Tensor]] = []
     with torch.no_grad():
-        by_reference(
-            (
-                call.cell.name, call.has_biases, call.lanes, call.directions, False, begin,
-                begin + len(call.weights), ops.Variation(*variation),
-            ),
-            (call.input, *call.states, *call.weights),
-            (call.lengths, None, call.resets, None),
-            trace,
-        )  # fmt: skip
+        by_reference(call._replace(want_cells=False), primals, rest, trace)
     heads = trace[direction::D]  # lanes are heads, and directions within each
     return {name: torch.cat([head[name] for head in heads], -1) for name in heads[0]}
 

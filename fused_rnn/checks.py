@@ -1,0 +1,228 @@
+"""The one place where Python checks what callers give; the ops check what memory depends on."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from numbers import Real
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .cells import CELLS, LAYER_NORMS
+
+
+class Options(NamedTuple):
+    """The options of a layer that change the step around its cell, and weight dropout."""
+
+    layer_norm: int  # of LAYER_NORMS
+    layer_norm_eps: float
+    zoneout: tuple[float, float]  # of h and c
+    recurrent_dropout: float
+    weight_dropout: float
+
+
+class Layers(NamedTuple):
+    """What layers over each other are, beside their weights."""
+
+    cell: str  # a name in CELLS
+    has_biases: bool = True
+    num_layers: int = 1
+    dropout: float = 0.0  # between layers, in training
+    train: bool = False
+    bidirectional: bool = False
+    batch_first: bool = False
+    options: Options | None = None  # None if all are at their defaults
+
+    @property
+    def directions(self) -> int:
+        return 2 if self.bidirectional else 1
+
+    @property
+    def layer_norm(self) -> int:
+        return 0 if self.options is None else self.options.layer_norm
+
+
+def check_options(
+    has_c: bool,
+    layer_norm: bool | str,
+    layer_norm_eps: float,
+    zoneout: float | tuple[float, float],
+    recurrent_dropout: float,
+    weight_dropout: float,
+) -> Options | None:
+    """The options as ``functional.run`` takes them, None if all are at their defaults.
+
+    Raises:
+        TypeError, ValueError: an option is not what ``fused_rnn.LSTM`` documents.
+    """
+    if layer_norm is False and zoneout == recurrent_dropout == weight_dropout == 0:
+        return None
+    norm = "separate" if layer_norm is True else layer_norm
+    if not isinstance(norm, (bool, str)):
+        raise TypeError(f"layer_norm should be a bool or a str, got: {type(norm).__name__}")
+    if norm not in LAYER_NORMS:
+        raise ValueError(f"layer_norm should be False, True, 'separate' or 'joint', got {norm!r}")
+    zones: tuple[float, float]
+    if isinstance(zoneout, (tuple, list)):
+        if not has_c or len(zoneout) != 2:
+            raise ValueError(
+                "zoneout should be a probability or, for LSTM only, a pair of them for h and c, "
+                f"got {zoneout}"
+            )
+        zones = (zoneout[0], zoneout[1])
+    else:
+        zones = (zoneout, zoneout)
+    if not isinstance(layer_norm_eps, Real) or isinstance(layer_norm_eps, bool):
+        raise TypeError(f"layer_norm_eps should be a number, got: {type(layer_norm_eps).__name__}")
+    if not 0 <= layer_norm_eps < math.inf:
+        raise ValueError(f"layer_norm_eps should be finite and not negative, got {layer_norm_eps}")
+    given = {"recurrent_dropout": recurrent_dropout, "weight_dropout": weight_dropout}
+    for name, p in (("zoneout", zones[0]), ("zoneout", zones[1]), *given.items()):
+        if not isinstance(p, Real) or isinstance(p, bool):
+            raise TypeError(f"{name} should be a number, got: {type(p).__name__}")
+        if not 0 <= p < 1:
+            raise ValueError(f"{name} should be a probability in [0, 1), got {p}")
+    if not has_c:
+        zones = (zones[0], 0.0)
+    return Options(
+        LAYER_NORMS.index(norm), float(layer_norm_eps), (float(zones[0]), float(zones[1])),
+        float(recurrent_dropout), float(weight_dropout),
+    )  # fmt: skip
+
+
+def check_states(hx: Any, count: int) -> tuple[Tensor, ...]:
+    """The initial states: ``count`` of them, or none for zeros."""
+    if hx is None:
+        return ()
+    states = (hx,) if count == 1 else tuple(hx) if isinstance(hx, (tuple, list)) else ()
+    if len(states) == count and all(isinstance(state, Tensor) for state in states):
+        return states
+    expected = "a tensor" if count == 1 else "a tuple of two tensors, h and c,"
+    kinds = [type(each).__name__ for each in hx] if isinstance(hx, (tuple, list)) else []
+    given = f"{type(hx).__name__}" + (f" of {', '.join(kinds)}" if kinds else "")
+    raise TypeError(f"hx should be {expected} or None, got: {given}")
+
+
+# Name and shape of each weight of all layers, and the widths of h and c.
+Expected = tuple[list[tuple[str, tuple[int, ...]]], tuple[int, int]]
+
+
+def is_projected(layers: Layers, params: Sequence[Tensor]) -> bool:
+    """Whether the layers have a projection, which is told by how many weights there are."""
+    D, cell = layers.directions, CELLS[layers.cell]
+    each, rest = divmod(len(params), layers.num_layers * D)
+    without = len(cell.table(layers.has_biases, False, layers.layer_norm))
+    if rest or each - without not in ((0, 1) if cell.has_c else (0,)):
+        more = f" (or {without + 1} with a projection)" if cell.has_c else ""
+        raise RuntimeError(
+            f"Expected {without} params{more} for each of {layers.num_layers} layers and {D} "
+            f"directions, got {len(params)}"
+        )
+    return each > without
+
+
+def _expect(layers: Layers, projected: bool, input_size: int, H: int, P: int, heads: int) -> Expected:
+    gates = CELLS[layers.cell].gates
+    table = CELLS[layers.cell].table(layers.has_biases, projected, layers.layer_norm)
+    found = []
+    for k in range(layers.num_layers):
+        for suffix in ("", "_reverse")[: layers.directions]:
+            sizes = {"I": input_size if k == 0 else P * layers.directions, "H": H, "P": P}
+            for weight in table:
+                shape = weight.shape(sizes)
+                if heads and weight.name == "weight_hh":
+                    shape = (heads, gates * H // heads, H // heads)
+                found.append((f"{weight.name}_l{k}{suffix}", shape))
+    return found, (P, H)
+
+
+_expect_known = functools.lru_cache(_expect)
+
+
+def check_layers(
+    layers: Layers,
+    input: Tensor,
+    states: Sequence[Tensor],
+    params: Sequence[Tensor],
+    batch_size: int,
+) -> bool:
+    """Names the weight or state whose shape, dtype or device does not fit.
+
+    Returns:
+        Whether there is a projection.
+    """
+    projected = is_projected(layers, params)
+    weight_hh = params[1]
+    H, heads = hidden_size(layers.cell, weight_hh)
+    P = params[4 if layers.has_biases else 2].shape[0] if projected else H
+    expect = _expect if torch.compiler.is_compiling() else _expect_known
+    expected, widths = expect(layers, projected, input.shape[-1], H, P, heads)
+    dtype, device = input.dtype, input.device
+    for tensor, (name, shape) in zip(params, expected, strict=True):
+        if tensor.shape != shape or tensor.dtype != dtype or tensor.device != device:
+            raise RuntimeError(
+                f"Expected {name} of shape {shape} in input's dtype {dtype} on its device "
+                f"{device}, got {tuple(tensor.shape)} in {tensor.dtype} on {tensor.device}"
+            )
+    count = layers.num_layers * layers.directions
+    for name, state, n in zip(("hx", "cx"), states, widths, strict=False):
+        if state.shape != (count, batch_size, n):
+            raise RuntimeError(
+                f"Expected {name} of shape {(count, batch_size, n)}, got {tuple(state.shape)}"
+            )
+        for what in ("dtype", "device"):
+            wanted, found = getattr(weight_hh, what), getattr(state, what)
+            if wanted != found:
+                raise RuntimeError(f"Expected {name} of the weights' {what} {wanted}, got {found}")
+    return projected
+
+
+def hidden_size(cell: str, weight_hh: Tensor) -> tuple[int, int]:
+    """H and, if the recurrence is block-diagonal, the number of heads, else 0."""
+    heads = weight_hh.shape[0] if weight_hh.dim() == 3 else 0
+    return weight_hh.shape[-2] * max(heads, 1) // CELLS[cell].gates, heads
+
+
+def expect_tensor(name: str, value: Any, shape: tuple[int, ...], like: Tensor) -> None:
+    """Refuses what is not a tensor of this shape, or has no data where ``like`` has."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} should be a tensor, got {type(value).__name__}")
+    if tuple(value.shape) != shape:
+        raise RuntimeError(f"Expected {name} of shape {shape}, got {tuple(value.shape)}")
+    if value.is_meta and not like.is_meta:
+        raise RuntimeError(f"Expected {name} on a device with data like {like.device}, got meta")
+
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def check_lengths(
+    lengths: Tensor | None, like: Tensor, B: int, limit: int, what: str
+) -> Tensor | None:
+    """(B,) int64 lengths within 0..limit on the device of ``like``."""
+    if lengths is None:
+        return None
+    expect_tensor("lengths", lengths, (B,), like)
+    if lengths.dtype not in _INTEGERS:
+        raise RuntimeError(f"Expected lengths of an integer dtype, got {lengths.dtype}")
+    if like.device.type not in ("cpu", "meta"):
+        # The CPU op checks the range itself; elsewhere it must not wait for the device.
+        inside = ((lengths >= 0) & (lengths <= limit)).all()
+        message = f"Expected lengths within 0..{limit} ({what})"
+        if lengths.device.type != "cpu":
+            torch._assert_async(inside, message)
+        elif not inside:
+            raise RuntimeError(f"{message}, got {lengths.tolist()}")
+    return lengths.to(device=like.device, dtype=torch.int64, non_blocking=True)
+
+
+def check_resets(resets: Tensor, T: int, B: int, input: Tensor, batch_first: bool) -> Tensor:
+    """Time-major resets on input's device."""
+    expect_tensor("resets", resets, (B, T) if batch_first else (T, B), input)
+    if resets.dtype != torch.bool:
+        raise RuntimeError(f"Expected resets of dtype torch.bool, got {resets.dtype}")
+    resets = resets.to(device=input.device, non_blocking=True)
+    return resets.transpose(0, 1) if batch_first else resets
