@@ -17,8 +17,7 @@ from .autograd import apply_here, asks, is_plain, is_transformed
 from .cells import compute_dtype
 from .differentiable import gradients_of, or_zeros, tangents_of, vjp
 
-# Of tensors beside the primals, which are query, key, value, weight and perhaps bias: lengths, mask and
-# the seed, each of them or None.
+# Tensors beside the primals: lengths, mask and the seed, each of them or None.
 _REST = 3
 
 

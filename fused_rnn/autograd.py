@@ -139,6 +139,7 @@ class Layer(torch.autograd.Function):
     def jvp(ctx: Any, _call: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         call, (rest, primals) = ctx.call, _split(ctx.saved_tensors, 4)
         along = tangents[4:]
+        changes: Sequence[Tensor]
         if _is_dual(primals):
             changes = tangents_of(_by_reference(call, Rest(*rest)), primals, along)
         else:
@@ -375,6 +376,7 @@ def _gradient_by_reference(
 
     def function(*given: Any) -> tuple[Tensor, ...]:
         there = [i for i, grad in enumerate(given[:4]) if grad is not None]
+
         def gradient(*values: Tensor) -> tuple[Tensor, ...]:
             grads, primals = _split(values, len(there))
 
@@ -417,7 +419,8 @@ def apply_here(function: type[torch.autograd.Function], *arguments: Any) -> tupl
     The other levels meet the op that ``function`` calls.
     """
     with enable_single_level_autograd_function():
-        found: tuple[Any, ...] = super(torch.autograd.Function, function).apply(*arguments)
+        apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+        found: tuple[Any, ...] = apply(*arguments)
     return found
 
 

@@ -194,7 +194,9 @@ def _vmap(
         call = call._replace(recurrences=size * own)
     found = iter(function(call, *taken))
     shared_input = next(t for t, kind in zip(tensors, kinds, strict=True) if kind == "input")
-    per_recurrence = shared_input is not None and shared_input.dim() - _batched("input", kinds, dims) == 4
+    per_recurrence = (
+        shared_input is not None and shared_input.dim() - _batched("input", kinds, dims) == 4
+    )
     results: list[Any] = []
     places: list[int | None] = []
     for kind, of_kind in groupby(result_kinds):
@@ -221,7 +223,7 @@ def _vmap(
 
 
 def vmap_rows(
-    function: Callable[..., tuple[Any, ...]],
+    function: Callable[..., Sequence[Any]],
     info: Any,
     dims: Sequence[int | None],
     tensors: Sequence[Tensor | None],

@@ -124,7 +124,9 @@ def is_projected(layers: Layers, params: Sequence[Tensor]) -> bool:
     return each > without
 
 
-def _expect(layers: Layers, projected: bool, input_size: int, H: int, P: int, heads: int) -> Expected:
+def _expect(
+    layers: Layers, projected: bool, input_size: int, H: int, P: int, heads: int
+) -> Expected:
     gates = CELLS[layers.cell].gates
     table = CELLS[layers.cell].table(layers.has_biases, projected, layers.layer_norm)
     found = []
@@ -217,6 +219,15 @@ def check_lengths(
         elif not inside:
             raise RuntimeError(f"{message}, got {lengths.tolist()}")
     return lengths.to(device=like.device, dtype=torch.int64, non_blocking=True)
+
+
+def first_batch_size(batch_sizes: Tensor) -> int:
+    """B of a packed sequence; the op checks the other steps."""
+    if batch_sizes.dim() != 1:
+        raise RuntimeError(
+            f"Expected batch_sizes of shape (T,), got batch_sizes of {tuple(batch_sizes.shape)}"
+        )
+    return int(batch_sizes[0])
 
 
 def check_resets(resets: Tensor, T: int, B: int, input: Tensor, batch_first: bool) -> Tensor:

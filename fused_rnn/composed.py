@@ -36,8 +36,8 @@ def forward(
     *rest, settings, options = arguments
     call, (save,) = call_of(cell, settings, options)
     _refuse_packed(rest)
-    input, states, weights = call.split(primals)
-    weights = _by_name(call, weights)
+    input, states, flat = call.split(primals)
+    weights = _by_name(call, flat)
     T, B = input.shape[:2]
     biased = call.has_biases and call.layer_norm != _SEPARATE
     if input.dim() == 3:
@@ -67,8 +67,8 @@ def backward(
     """layer_backward by recurrence_backward."""
     call, (need_input, need_states, need_weights) = call_of(cell, settings, options)
     _refuse_packed(rest)
-    input, states, weights = call.split(primals)
-    weights = _by_name(call, weights)
+    input, states, flat = call.split(primals)
+    weights = _by_name(call, flat)
     lengths, _, resets, _ = rest
     R, traits = call.recurrences, call.traits
     output, *saved = results
@@ -86,7 +86,8 @@ def backward(
     d_hidden_gates = next(found) if split_gates else d_input_gates
     d_states = [next(found) for _ in range(1 + traits.has_c)]
     d_output = next(found) if call.projected else None
-    T, B, I = *input.shape[:2], input.shape[-1]  # noqa: E741
+    T, B = input.shape[:2]
+    I = input.shape[-1]  # noqa: E741
     gate_rows = d_input_gates.shape[-1]
     d_inputs = d_input_gates.view(T * B, R * gate_rows)
     gradients = []
@@ -143,8 +144,8 @@ def backward(
     if d_output is not None:
         unprojected = saved[bool(call.saved_values) + traits.has_c]
         d_weights["weight_hr"] = [
-            _multiply(torch.mm, d_output[:, :, r].flatten(0, 1).t(), unprojected[:, :, r].flatten(0, 1))
-            for r in range(R)
+            _multiply(torch.mm, d.flatten(0, 1).t(), m.flatten(0, 1))
+            for d, m in zip(d_output.unbind(2), unprojected.unbind(2), strict=True)
         ]
     return gradients + [d_weights[w.name][r] for r in range(R) for w in call.table]
 

@@ -13,20 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
 # What torch.func hides from an op's kernel, which runs at one of its levels.
-_HIDDEN = tuple(
-    torch._C._parse_dispatch_key(name)
-    for name in (
-        "FuncTorchDynamicLayerFrontMode", "FuncTorchGradWrapper", "FuncTorchBatched",
-        "Batched", "VmapMode", "Functionalize", "Conjugate", "Negative",
-        "ZeroTensor", "Tracer", "PythonTLSSnapshot",
-    )
+_HIDDEN = (
+    "FuncTorchDynamicLayerFrontMode", "FuncTorchGradWrapper", "FuncTorchBatched", "Batched",
+    "VmapMode", "Functionalize", "Conjugate", "Negative", "ZeroTensor", "Tracer",
+    "PythonTLSSnapshot",
 )  # fmt: skip
 
 
 def _apply(function: Callable[..., tuple[Tensor, ...]], *arguments: Any) -> tuple[Tensor, ...]:
-    """``Differentiable.apply``, from within an op's kernel too: levels of torch.func begin at it."""
+    """``Differentiable.apply``, for all levels of torch.func even within an op's kernel."""
     with _with_all_levels():
         found: tuple[Tensor, ...] = Differentiable.apply(function, *arguments)
     return found
@@ -45,7 +41,8 @@ class Differentiable(torch.autograd.Function):
     """From (function, *arguments) to function(*arguments), a tuple, of torch's operations alone.
 
     Its derivatives are functions of that kind again, so there are any number of them. Arguments are
-    tensors or None, and all the tensors there are; derivatives are by those of a floating or complex dtype.
+    tensors or None, and all the tensors there are; derivatives are by those of a floating or
+    complex dtype.
     """
 
     @staticmethod

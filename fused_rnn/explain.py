@@ -221,8 +221,9 @@ def _recurrence(of: OpCall) -> Recurrence:
     call = of.call
     input, _, weights = call.split(of.primals)
     return Recurrence(
-        call.cell, str(input.dtype).removeprefix("torch."), *input.shape[:2], call.recurrences,
-        weights[1].shape[0] // call.traits.gates, call.projected, call.variation is not None,
+        call.cell, str(input.dtype).removeprefix("torch."), input.shape[0], input.shape[1],
+        call.recurrences, weights[1].shape[0] // call.traits.gates, call.projected,
+        call.variation is not None,
     )  # fmt: skip
 
 

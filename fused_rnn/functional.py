@@ -20,13 +20,13 @@ from .autograd import run_layer
 from .cells import CELLS, PLAIN, Call, Rest, Variation
 from .checks import (
     Layers,
-    Options,
     check_layers,
     check_lengths,
     check_options,
     check_resets,
     check_states,
     expect_tensor,
+    first_batch_size,
     hidden_size,
 )
 from .heads import block_diagonal, run_heads
@@ -309,7 +309,7 @@ def run(
     T = (input if batch_sizes is None else batch_sizes).shape[0]
     if T == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-    B = input.shape[1] if batch_sizes is None else int(batch_sizes[0])
+    B = input.shape[1] if batch_sizes is None else first_batch_size(batch_sizes)
     if lengths is not None:
         lengths = check_lengths(lengths, input, B, T, "the timesteps of input")
     if resets is not None:
@@ -374,9 +374,7 @@ def _run_layers(
 ) -> Sequence[Tensor]:
     """``run_layer`` for layers over each other; the cells are those of the last."""
     D, variation = layers.directions, _variation(layers)
-    call = Call(
-        layers.cell, layers.has_biases, projected, len(states), D, D, want_cells, variation
-    )
+    call = Call(layers.cell, layers.has_biases, projected, len(states), D, D, want_cells, variation)
     if layers.options is not None:
         params = _with_options(layers, params, len(call.table))
     run = run_heads if params[1].dim() == 3 else run_layer

@@ -609,9 +609,7 @@ class _Cell(_Options, RNNCellBase):
         if has_biases:
             weights += [bias_ih, bias_hh]
         weights += [getattr(self, name) for name in self._own_weights]
-        layers = checks.Layers(
-            cell, has_biases, train=self.training, options=self._options()
-        )
+        layers = checks.Layers(cell, has_biases, train=self.training, options=self._options())
         result = functional.step(layers, input, states or (), weights)
         return result if batched else tuple(s.squeeze(0) for s in result)
 

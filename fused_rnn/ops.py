@@ -229,7 +229,7 @@ def _product_flops(call: Call, primals: Sequence[Any], batch_sizes: Any) -> dict
 @register_flop_formula(torch.ops.fused_rnn.layer_forward)
 def _layer_forward_flops(
     cell: str, primals: Any, lengths: Any, batch_sizes: Any, resets: Any, seed: Any, settings: Any,
-    options: Any, **_: Any,
+    options: Any, **more: Any,
 ) -> int:  # fmt: skip
     call, _ = call_of(cell, settings, options)
     return sum(_product_flops(call, primals, batch_sizes).values())
@@ -238,7 +238,7 @@ def _layer_forward_flops(
 @register_flop_formula(torch.ops.fused_rnn.layer_backward)
 def _layer_backward_flops(
     cell: str, grads: Any, primals: Any, results: Any, rest: Any, settings: Any, options: Any,
-    **_: Any,
+    **more: Any,
 ) -> int:  # fmt: skip
     call, (need_input, _, need_weights) = call_of(cell, settings, options)
     flops = _product_flops(call, primals, rest[1])

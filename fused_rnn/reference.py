@@ -520,7 +520,7 @@ def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
     return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
-def dropout_keep(seed: int, shape: tuple[int, int, int], p: float, like: Tensor) -> Tensor:
+def dropout_keep(seed: int | Tensor, shape: tuple[int, int, int], p: float, like: Tensor) -> Tensor:
     """The factors of dropout on attention weights: 0 with probability p, else 1 / (1 - p).
 
     Random numbers of the seed and of an element's position in ``shape``.

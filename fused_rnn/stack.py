@@ -118,9 +118,12 @@ def _parts_of_time(input: Tensor, rest: Rest, parts: int) -> Iterator[tuple[Tens
     begin = 0
     for part in input.split(size):
         end = begin + len(part)
-        yield part, Rest(
-            lengths=None if lengths is None else (lengths - begin).clamp(0, len(part)),
-            resets=None if resets is None else resets[begin:end],
+        yield (
+            part,
+            Rest(
+                lengths=None if lengths is None else (lengths - begin).clamp(0, len(part)),
+                resets=None if resets is None else resets[begin:end],
+            ),
         )
         begin = end
 
@@ -166,7 +169,7 @@ def parts(call: Call, input: Tensor, weights: Sequence[Sequence[Tensor]]) -> int
     with torch.cuda.device(input.device):
         return plan(
             Recurrence(
-                call.cell, str(input.dtype).removeprefix("torch."), *input.shape[:2],
+                call.cell, str(input.dtype).removeprefix("torch."), input.shape[0], input.shape[1],
                 weight_hh.shape[0] if weight_hh.dim() == 3 else 1, weight_hh.shape[-1],
                 call.projected, varied=False,
             ),

@@ -20,11 +20,21 @@ from typing import Any
 
 import torch
 from helpers import largest
-from test_ops import CELLS, VARIANTS, VARIATIONS, backward_arguments, forward_arguments, op_for
+from test_ops import (
+    CELLS,
+    VARIANTS,
+    VARIATIONS,
+    backward_arguments,
+    call_of,
+    forward_arguments,
+    op_arguments,
+)
 from torch import Tensor
 
 import fused_rnn
 from fused_rnn import ops, reference
+from fused_rnn.cells import CELLS as TRAITS
+from fused_rnn.cells import reference_weights
 
 REFUSALS = (
     RuntimeError, ValueError, TypeError, IndexError, NotImplementedError, OverflowError,
@@ -79,9 +89,9 @@ def small(draw: random.Random) -> int:
 def ops_arguments(draw: random.Random, make: Any) -> tuple[str, Arguments]:
     while True:
         cell, variant = draw.choice(CELLS), draw.choice(VARIANTS)
-        if variant.endswith("projected") and not ops.CELLS[cell].has_c:
+        if variant.endswith("projected") and not TRAITS[cell].has_c:
             continue
-        if variant in VARIATIONS and VARIATIONS[variant][0] and ops.CELLS[cell].late_gate:
+        if variant in VARIATIONS and VARIATIONS[variant][0] and TRAITS[cell].late_gate:
             continue
         sizes = {"T": small(draw), "B": small(draw), "H": max(small(draw), 1)}
         if variant.startswith("packed"):
@@ -98,7 +108,7 @@ def forward_op(draw: random.Random) -> bool:
     cell, given = ops_arguments(draw, forward_arguments)
     mutate(draw, given)
     try:
-        found = op_for("forward", cell, given)(**given)
+        found = ops.layer_forward(*op_arguments("forward", cell, given))
     except REFUSALS:
         return False
     if found[0].is_meta or "seed" in given or given["input"].is_complex():
@@ -111,14 +121,14 @@ def forward_op(draw: random.Random) -> bool:
 
 
 def by_reference(cell: str, given: Arguments) -> list[Tensor]:
-    traits, L = ops.CELLS[cell], given["lanes"]
+    traits, L = TRAITS[cell], given["recurrences"]
     x, lengths = given["input"].double(), given["lengths"]
     if given["batch_sizes"] is not None:
         sizes = given["batch_sizes"]
         exists = torch.arange(int(sizes[0])) < sizes.unsqueeze(1)
         lengths = exists.sum(0)
         x = x.new_zeros((*exists.shape, x.shape[1])).masked_scatter(exists.unsqueeze(2), x)
-    weights = traits.by_lane([w.double() for w in given["weights"]], given["has_biases"], L)
+    weights = reference_weights(call_of(cell, given), [w.double() for w in given["weights"]])
     rows, P = weights[0].weight_hh.shape
     sizes = (P, rows // traits.gates)
     zeros = [x.new_zeros((L, x.shape[1], n)) for n in sizes]
@@ -136,7 +146,7 @@ def backward_op(draw: random.Random) -> bool:
     cell, given = ops_arguments(draw, backward_arguments)
     changed = mutate(draw, given)
     try:
-        op_for("backward", cell, given)(**given)
+        ops.layer_backward(*op_arguments("backward", cell, given))
     except REFUSALS:
         if not changed:
             raise

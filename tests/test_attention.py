@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import fused_rnn
-from fused_rnn import reference
+from fused_rnn import ops, reference
 from fused_rnn.functional import additive_attention
 
 F64 = torch.float64
@@ -342,13 +342,15 @@ def test_every_instruction_set(isa):
 def test_opcheck(kind, queries):
     shape = (2, queries, 4, 3, 6)
     tensors, options = inputs(shape), masks(kind, shape)
-    args = (*tensors.values(), options.get("lengths"), options.get("mask"), kind == "all")
-    ops = torch.ops.fused_rnn
-    torch.library.opcheck(ops.additive_attention_forward, (*args, 0.1, 7, True, True))
-    context, logsumexp, weights, scores = ops.additive_attention_forward(*args, 0.1, 7, True, True)
-    grads = (torch.ones_like(context), torch.ones_like(weights), torch.ones_like(scores))
+    primals = [t for t in tensors.values() if t is not None]
+    rest = [options.get("lengths"), options.get("mask"), torch.tensor(7)]
+    causal = kind == "all"
+    args = (primals, *rest, 0.1, [causal, True, True])
+    torch.library.opcheck(ops.attention_forward, args)
+    context, logsumexp, weights, scores = ops.attention_forward(*args)
+    grads = [torch.ones_like(context), torch.ones_like(weights), torch.ones_like(scores)]
     torch.library.opcheck(
-        ops.additive_attention_backward, (*grads, *args, 0.1, 7, context, logsumexp)
+        ops.attention_backward, (grads, primals, [context, logsumexp], rest, 0.1, [causal])
     )
 
 

@@ -20,7 +20,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_rnn import ops, reference
+from fused_rnn import reference
+from fused_rnn.cells import CELLS
 
 Numbers = list[float]
 HOST = Path(__file__).with_name("cells_on_host.cpp")
@@ -53,7 +54,7 @@ def second_product(library: ctypes.CDLL, hidden: Tensor, read: Tensor) -> Tensor
 
 def errors(library: ctypes.CDLL, cell: str, scalar: str) -> float:
     """The largest deviation of a cell's values and gradients from the reference's."""
-    traits = ops.CELLS[cell]
+    traits = CELLS[cell]
     generator = torch.Generator().manual_seed(3)
     worst = 0.0
     for _ in range(8):
@@ -104,7 +105,7 @@ def library(tmp_path_factory) -> ctypes.CDLL:
 
 
 @pytest.mark.parametrize("scalar", TOLERANCE)
-@pytest.mark.parametrize("cell", ops.CELLS)
+@pytest.mark.parametrize("cell", CELLS)
 def test_values_and_gradients(library, cell, scalar):
     assert errors(library, cell, scalar) < TOLERANCE[scalar]
 
@@ -146,7 +147,7 @@ def survives(mutant: tuple[str, int], folder: Path) -> bool:
     library = ctypes.CDLL(str(output))
     return all(
         errors(library, cell, scalar) < tolerance
-        for cell in ops.CELLS
+        for cell in CELLS
         for scalar, tolerance in TOLERANCE.items()
     )
 

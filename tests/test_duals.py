@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from test_ops import CELLS, VARIANTS, forward_arguments, op_for
+from test_ops import CELLS, VARIANTS, call_of, forward_arguments, forward_op
 from torch import Tensor
 
 import fused_rnn
-from fused_rnn import autograd, differentiable, ops
+from fused_rnn import autograd, differentiable
+from fused_rnn.cells import CELLS as TRAITS
+from fused_rnn.cells import Call, Rest
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -18,27 +20,19 @@ CASES = [
     (cell, variant)
     for cell in CELLS
     for variant in VARIANTS
-    if (ops.CELLS[cell].has_c or not variant.endswith("projected"))
-    and not (ops.CELLS[cell].late_gate and variant in ("separate", "joint"))
+    if (TRAITS[cell].has_c or not variant.endswith("projected"))
+    and not (TRAITS[cell].late_gate and variant in ("separate", "joint"))
 ]
 
-Problem = tuple[autograd.Call, list[Tensor], list[Tensor | None]]
+Problem = tuple[Call, list[Tensor], Rest]
 
 
 def problem(cell: str, variant: str, **sizes: Any) -> Problem:
-    """What autograd's functions take: the call, input, states and weights, and the rest."""
+    """What the ops take: the call, its primals, and the rest."""
     given = forward_arguments(cell, variant, dtype=torch.float64, **sizes)
-    states, weights = given["states"], given["weights"]
-    variation = None
-    if "layer_norm" in given:
-        variation = ops.Variation(*(given[name] for name in ops.Variation._fields))
-    begin = 2 + len(states)
-    call: autograd.Call = (
-        cell, given["has_biases"], given["lanes"], given["directions"], given["want_cells"],
-        begin, begin + len(weights), variation,
-    )  # fmt: skip
-    rest = [given["lengths"], given["batch_sizes"], given["resets"], given.get("seed")]
-    return call, [0.5 * t for t in (given["input"], *states, *weights)], rest
+    rest = Rest(given["lengths"], given["batch_sizes"], given["resets"], given.get("seed"))
+    primals = [given["input"], *given["states"], *given["weights"]]
+    return call_of(cell, given), [0.5 * t for t in primals], rest
 
 
 def like(tensors: list[Tensor]) -> list[Tensor]:
@@ -65,7 +59,11 @@ def test_tangents_are_the_references(cell: str, variant: str, H: int) -> None:
     expected = differentiable.jvp_of(
         lambda *given: tuple(autograd.by_reference(call, given, rest)), primals, tangents
     )
-    assert_near(autograd.Tangent.apply(call, *primals, *tangents, *rest), expected)
+    with torch.autograd.forward_ad.dual_level():
+        duals = map(torch.autograd.forward_ad.make_dual, primals, tangents)
+        results = autograd.run_layer(call, list(duals), rest)
+        found = [torch.autograd.forward_ad.unpack_dual(t).tangent for t in results]
+    assert_near(found, expected)
 
 
 @pytest.mark.parametrize("H", [5, 37])
@@ -74,25 +72,33 @@ def test_second_derivatives_are_the_references(cell: str, variant: str, H: int) 
     """With tangents of the gradients that come in, too; in float64, and float32 near to that."""
     call, primals, rest = problem(cell, variant, H=H)
     grads = autograd._by_result(call, like(autograd.by_reference(call, primals, rest)))
-    given = [*grads, *primals]
-    tangents = [None if t is None else torch.randn_like(t) for t in given]
-    needed = (True, call[5] > 2, True)
-    expected = autograd._second_by_reference(call, needed, given, tangents, rest)
-    found = autograd.Second.apply(call, needed, *given, *tangents, *rest)
-    assert_near(found, expected)
+    along = [None if t is None else torch.randn_like(t) for t in grads], like(primals)
+    needed = (True, call.states > 0, True)
+    gradient = autograd._gradient_by_reference(call, needed, rest)
+    duals = [autograd._duals(at, d) for at, d in zip((grads, primals), along, strict=True)]
+    changes = [t.imag for t in gradient(*duals[0], *duals[1])]
+    tangents = differentiable.jvp_of(
+        lambda *given: tuple(autograd.by_reference(call, given, rest)), primals, along[1]
+    )
+    expected = [*autograd._by_result(call, tangents), *changes]
 
-    def single(tensors: list[Tensor | None]) -> list[Tensor | None]:
-        return [None if t is None else t.float() for t in tensors]
+    def second(dtype: torch.dtype) -> list[Tensor]:
+        at, slope = (
+            [[None if t is None else t.to(dtype) for t in group] for group in groups]
+            for groups in ((grads, primals), along)
+        )
+        found = autograd._second(call, needed, tuple(at), tuple(slope), rest)
+        return [None if t is None else t.double() for group in found for t in group]
 
-    rough = autograd.Second.apply(call, needed, *single(given), *single(tangents), *rest)
-    assert_near([None if t is None else t.double() for t in rough], expected, 2e-5)
+    assert_near(second(torch.float64), expected)
+    assert_near(second(torch.float32), expected, 2e-5)
 
 
 @pytest.mark.parametrize("cell, variant", CASES)
 def test_values_are_those_of_the_plain_op(cell: str, variant: str) -> None:
     """Bit by bit, with tangents of the weights and without."""
     given = forward_arguments(cell, variant, dtype=torch.float64)
-    op, results = op_for("forward", cell, given), 2 + ops.CELLS[cell].has_c + given["want_cells"]
+    op, results = forward_op(cell), 2 + TRAITS[cell].has_c + given["want_cells"]
     expected = op(**given)[:results]
     for slope in (torch.randn_like, torch.zeros_like):
         duals = {

@@ -31,6 +31,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import fused_rnn
 from fused_rnn import functional, ops
+from fused_rnn.cells import Call, Rest
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -326,21 +327,22 @@ def layer_ops(
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(dtype)
 
-    I, rows, P = 70, ops.CELLS[cell].gates * H, 70 if projected else H  # noqa: E741
-    weights = []
-    for _ in range(L):
-        weights += [random(rows, I) / I**0.5, random(rows, P) / P**0.5, random(rows), random(rows)]
-        weights += [random(P, H) / H**0.5] if projected else []
+    I, P = 70, 70 if projected else H  # noqa: E741
     has_c = cell == "lstm"
+    call = Call(cell, True, projected, 1 + has_c, L, L, want_cells=has_c)
+    shapes = [weight.shape({"I": I, "H": H, "P": P}) for weight in call.table] * L
+    weights = [random(*shape) / (shape[1] ** 0.5 if len(shape) == 2 else 1) for shape in shapes]
     states = [random(L, B, P), random(L, B, H)] if has_c else [random(L, B, P)]
     lengths = torch.arange(B) % (T + 1) if ragged else None
     resets = torch.rand(T, B, generator=generator) < 0.2 if ragged else None
-    common = (random(T, B, I), states, weights, True, lengths, None, resets, L, L)
-    forward = ops.forward_op(cell)(*common, True, has_c)
+    primals, rest = [random(T, B, I), *states, *weights], Rest(lengths, None, resets)
+    forward = ops.layer_forward(cell, primals, *rest, call.settings(True), None)
     output, *final = forward[: 2 + has_c]
-    saved = forward[2 + 2 * has_c :]
-    grads = [random(*t.shape) for t in (output, *final)] + [None] * (1 - has_c)
-    backward = ops.backward_op(cell)(*grads, None, *common, output, saved, True, True, True)
+    saved = forward[call.wanted :]
+    grads = [random(*t.shape) for t in (output, *final)] + [None] * (2 - has_c)
+    backward = ops.layer_backward(
+        cell, grads, primals, [output, *saved], rest, call.settings(True, True, True), None
+    )
     return [*(values_by_unit(t, H, lengths) for t in forward), *backward]
 
 

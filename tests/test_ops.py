@@ -14,15 +14,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from fused_rnn import _C, ops
+from fused_rnn import cells as known
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-CELLS = list(ops.CELLS)
+CELLS = list(known.CELLS)
 VARIANTS = (
     "plain", "two_lanes", "two_directions", "ragged", "bare", "projected", "packed",
     "packed_projected", "separate", "joint", "drawn", "packed_drawn_projected", "expected",
 )  # fmt: skip
-# The ops.Variation of the varied ops.
+# The options of some.
 VARIATIONS = {
     "separate": (1, 0.0, 0.0, 0.0, 1e-3),
     "joint": (2, 0.2, 0.0, 0.3, 1e-5),
@@ -45,41 +46,37 @@ def forward_arguments(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
 ) -> Arguments:
-    """Arguments of ``{cell}_forward`` by name, or, for VARIATIONS, of ``{cell}_varied_forward``."""
-    traits = ops.CELLS[cell]
-    variation = VARIATIONS.get(variant, ops.PLAIN)
+    """Arguments of layer_forward by the names of what they are made of (``op_arguments``)."""
+    traits = known.CELLS[cell]
+    variation = VARIATIONS.get(variant, known.PLAIN)
     packed, projected = variant.startswith("packed"), variant.endswith("projected")
     if variant in ("two_lanes", "two_directions") or packed or projected:
         L = 2
     I, P = 6, 2 if projected else H  # noqa: E741
-    rows = traits.gates * H
 
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=dtype, device=device)
 
     bare, ragged = variant == "bare", variant in ("ragged", "projected")
     batch_sizes = torch.arange(B, B - T, -1).clamp(min=1) if packed else None
-    lane = [(rows, I), (rows, P)]
-    lane += [] if bare else [(rows,), (rows,)]
-    lane += [(P, H)] if projected else []
-    lane += [(traits.unit_weights * H,)] if traits.unit_weights else []
-    for of in traits.norms(variation[0]):
-        lane += [(H if of == "c" else rows,)] * 2
+    table = traits.table(not bare, projected, variation[0])
+    shapes = [weight.shape({"I": I, "H": H, "P": P}) for weight in table]
     more: Arguments = {}
     if variant in VARIATIONS:
-        more = dict(zip(ops.Variation._fields, variation, strict=True))
+        more = dict(zip(known.Variation._fields, variation, strict=True))
         more["zoneout_c"] *= traits.has_c
         more["seed"] = None if variant == "expected" else torch.tensor(77, device=device)
     states = [(L, B, P), (L, B, H)] if traits.has_c else [(L, B, P)]
     return {
         "input": random(T, B, I) if batch_sizes is None else random(int(batch_sizes.sum()), I),
         "states": [] if bare else [random(*shape) for shape in states],
-        "weights": [random(*shape) for shape in lane * L],
+        "weights": [random(*shape) for shape in shapes * L],
         "has_biases": not bare,
+        "projected": projected,
         "lengths": (torch.arange(B, device=device) % (T + 1)) if ragged else None,
         "batch_sizes": batch_sizes,
         "resets": (torch.rand(T, B) < 0.3).to(device) if ragged or packed else None,
-        "lanes": L,
+        "recurrences": L,
         "directions": 2 if variant == "two_directions" or packed or projected else 1,
         "save": not bare,
         "want_cells": projected,
@@ -87,17 +84,38 @@ def forward_arguments(
     }
 
 
-def op_for(direction: str, cell: str, given: Arguments) -> Any:
-    """The op that takes these arguments."""
-    return getattr(ops, f"{direction}_op")(cell, "layer_norm" in given)
+def call_of(cell: str, given: Arguments) -> known.Call:
+    variation = None
+    if "layer_norm" in given:
+        variation = known.Variation(*(given[name] for name in known.Variation._fields))
+    return known.Call(
+        cell, given["has_biases"], given["projected"], len(given["states"]), given["recurrences"],
+        given["directions"], given["want_cells"], variation,
+    )  # fmt: skip
+
+
+def op_arguments(direction: str, cell: str, given: Arguments) -> tuple[Any, ...]:
+    """What an op takes."""
+    call = call_of(cell, given)
+    primals = [given["input"], *given["states"], *given["weights"]]
+    rest = [given["lengths"], given["batch_sizes"], given["resets"], given.get("seed")]
+    if direction == "forward":
+        return (cell, primals, *rest, call.settings(given["save"]), call.variation)
+    grads = [given[f"grad_{of}"] for of in ("output", "h_n", "c_n", "cells")]
+    needed = [given[f"need_{of}"] for of in ("input", "states", "weights")]
+    results = [given["output"], *given["saved"]]
+    return (cell, grads, primals, results, rest, call.settings(*needed), call.variation)
+
+
+OPS = {"forward": ops.layer_forward, "backward": ops.layer_backward}
 
 
 def forward_op(cell: str) -> Callable[..., list[Tensor]]:
-    return lambda *args, **given: op_for("forward", cell, given)(*args, **given)
+    return lambda **given: ops.layer_forward(*op_arguments("forward", cell, given))
 
 
 def backward_op(cell: str) -> Callable[..., list[Tensor]]:
-    return lambda *args, **given: op_for("backward", cell, given)(*args, **given)
+    return lambda **given: ops.layer_backward(*op_arguments("backward", cell, given))
 
 
 def exists(batch_sizes: Tensor) -> Tensor:
@@ -110,26 +128,24 @@ def lengths_of(given: Arguments) -> Tensor | None:
 
 
 def saved_names(cell: str, given: Arguments) -> list[str]:
-    traits = ops.CELLS[cell]
-    norm = given.get("layer_norm", 0)
-    projected = len(given["weights"]) > given["lanes"] * traits.weights(given["has_biases"], norm)
-    saved = _C.saved_values(cell, norm) if "layer_norm" in given else traits.saved
+    call = call_of(cell, given)
     has = {
-        "reserve": saved, "saved_cells": traits.has_c, "unprojected": projected, "statistics": norm,
+        "reserve": call.saved_values, "saved_cells": call.traits.has_c,
+        "unprojected": call.projected, "statistics": call.layer_norm,
     }  # fmt: skip
     return [name for name, there in has.items() if there]
 
 
 def forward(cell: str, given: Arguments) -> dict[str, Tensor]:
-    """The results of ``{cell}_forward`` by name."""
-    names = ["output", "h_n", "c_n"] if ops.CELLS[cell].has_c else ["output", "h_n"]
+    """The results of layer_forward by name."""
+    names = ["output", "h_n", "c_n"] if known.CELLS[cell].has_c else ["output", "h_n"]
     names += ["cells"] if given["want_cells"] else []
     names += saved_names(cell, given) if given["save"] else []
     return dict(zip(names, forward_op(cell)(**given), strict=True))
 
 
 def backward_arguments(cell: str, variant: str = "plain", **sizes: Any) -> Arguments:
-    """Arguments of ``{cell}_backward`` by name, after a forward that saved its reserve."""
+    """Arguments of layer_backward by name, after a forward that saved its reserve."""
     given = forward_arguments(cell, variant, **sizes) | {"save": True}
     found = forward(cell, given)
     bare = variant == "bare"
@@ -138,11 +154,11 @@ def backward_arguments(cell: str, variant: str = "plain", **sizes: Any) -> Argum
         "grad_h_n": None if bare else torch.randn_like(found["h_n"]),
         "grad_c_n": None if bare or "c_n" not in found else torch.randn_like(found["c_n"]),
         "grad_cells": torch.randn_like(found["cells"]) if "cells" in found else None,
-        **{k: v for k, v in given.items() if k not in ("save", "want_cells")},
+        **{k: v for k, v in given.items() if k != "save"},
         "output": found["output"],
         "saved": [found[name] for name in saved_names(cell, given)],
         "need_input": True,
-        "need_states": True,
+        "need_states": bool(given["states"]),
         "need_weights": True,
     }
 
@@ -155,8 +171,8 @@ CASES = [
     (c, v)
     for c in CELLS
     for v in VARIANTS
-    if ops.CELLS[c].has_c or not v.endswith("projected")
-    if not (ops.CELLS[c].late_gate and v in VARIATIONS and VARIATIONS[v][0])
+    if known.CELLS[c].has_c or not v.endswith("projected")
+    if not (known.CELLS[c].late_gate and v in VARIATIONS and VARIATIONS[v][0])
 ]
 
 
@@ -177,7 +193,7 @@ def test_opcheck(cell: str, variant: str, direction: str, device: str) -> None:
     given = arguments(cell, variant, H=16, device=device)
     if "save" in given and (given["lengths"] is not None or given["batch_sizes"] is not None):
         given["save"] = False
-    torch.library.opcheck(op_for(direction, cell, given), (), given)
+    torch.library.opcheck(OPS[direction], op_arguments(direction, cell, given))
 
 
 def assert_same_layout(real: Sequence[Tensor], fake: Sequence[Tensor]) -> None:
@@ -213,7 +229,7 @@ def test_only_what_is_needed(cell: str, variant: str, wanted: str) -> None:
     """The gradients asked for are there, alone, and bitwise the same."""
     given = backward_arguments(cell, variant)
     everything = backward_op(cell)(**given)
-    states = 2 if ops.CELLS[cell].has_c else 1
+    states = len(given["states"])
     parts = {
         "input": everything[:1],
         "states": everything[1 : 1 + states],
@@ -221,6 +237,7 @@ def test_only_what_is_needed(cell: str, variant: str, wanted: str) -> None:
         "nothing": [],
     }
     needs = {f"need_{part}": part == wanted for part in ("input", "states", "weights")}
+    needs["need_states"] &= states > 0
     found = backward_op(cell)(**(given | needs))
     assert_same_layout(found, parts[wanted])
     for a, b in zip(found, parts[wanted], strict=True):
@@ -231,7 +248,7 @@ def test_only_what_is_needed(cell: str, variant: str, wanted: str) -> None:
 @pytest.mark.parametrize("save", [False, True])
 @pytest.mark.parametrize("cell", CELLS)
 def test_what_is_saved(cell: str, save: bool, want_cells: bool) -> None:
-    traits = ops.CELLS[cell]
+    traits = known.CELLS[cell]
     if want_cells and not traits.has_c:
         return
     given = forward_arguments(cell)
@@ -254,7 +271,7 @@ def test_what_is_saved(cell: str, save: bool, want_cells: bool) -> None:
 @pytest.mark.parametrize("cell", CELLS)
 def test_no_timesteps(cell: str, variant: str, device: str) -> None:
     """The states, and their gradients, pass straight through; the weights get zeros."""
-    if variant == "projected" and not ops.CELLS[cell].has_c:
+    if variant == "projected" and not known.CELLS[cell].has_c:
         return
     given = forward_arguments(cell, variant, T=0, device=device)
     found = forward(cell, given)
@@ -298,7 +315,7 @@ def test_strided_arguments(cell: str, variant: str, device: str) -> None:
         lengths = lengths_of(given)
         for a, b in zip(found, expected, strict=True):
             # Packed, only what is saved has steps that do not exist: the reserve and statistics.
-            has_time = a.dim() == 6 or a.shape[:3] == (4, given["lanes"], 3)
+            has_time = a.dim() == 6 or a.shape[:3] == (4, given["recurrences"], 3)
             where = lengths if given["batch_sizes"] is None or has_time else None
             if a.dim() == 4 and has_time:
                 a, b = a.transpose(1, 2), b.transpose(1, 2)
@@ -311,13 +328,8 @@ def names_in(cell: str, field: str, arguments: Arguments) -> list[str]:
         return ["hx", "cx"][: len(arguments[field])]
     if field == "saved":
         return saved_names(cell, arguments)
-    lanes = ops.CELLS[cell].by_lane(
-        arguments[field],
-        arguments["has_biases"],
-        arguments["lanes"],
-        arguments.get("layer_norm", 0),
-    )
-    return [name for lane in lanes for name, t in lane._asdict().items() if t is not None]
+    table = call_of(cell, arguments).table
+    return [weight.name for _ in range(arguments["recurrences"]) for weight in table]
 
 
 def wrong_tensors(name: str, value: Tensor) -> list[Tensor]:
@@ -364,18 +376,18 @@ def wrong_arguments(cell: str, arguments: Arguments) -> list[tuple[str, str, Any
     found += [("lengths", "lengths", torch.full((3,), T + 1))]
     found += [("lengths", "lengths", torch.tensor([0, -1, 2]))]
     found += [("directions", "directions", 0), ("directions", "directions", 3)]
-    found += [("lanes", "lanes", 0), ("lanes", "lanes", -1)]
+    found += [("recurrences", "recurrences", 0), ("recurrences", "recurrences", -1)]
     for rate in ("zoneout_h", "zoneout_c", "recurrent_dropout"):
         if rate in arguments:
             found += [(rate, rate, wrong) for wrong in (-0.1, 1.0, math.nan)]
     if "layer_norm" in arguments:
         found += [("layer_norm", "layer_norm", wrong) for wrong in (-1, 3)]
         found += [("layer_norm_eps", "layer_norm_eps", wrong) for wrong in (-1e-5, math.nan)]
-        if ops.CELLS[cell].late_gate:
+        if known.CELLS[cell].late_gate:
             found += [("layer_norm", "layer_norm", 1)]
         if arguments["recurrent_dropout"] > 0:
             found += [("recurrent_dropout", "seed", None)]
-        if not ops.CELLS[cell].has_c:
+        if not known.CELLS[cell].has_c:
             found += [("zoneout_c", "zoneout_c", 0.1)]
     return found
 
@@ -386,11 +398,11 @@ def wrong_arguments(cell: str, arguments: Arguments) -> list[tuple[str, str, Any
 def test_errors_name_the_argument(cell: str, kind: str, direction: str) -> None:
     op, arguments = DIRECTIONS[direction]
     variants = {"dense": "ragged", "packed": "packed", "varied": "joint"}
-    if ops.CELLS[cell].has_c:
+    if known.CELLS[cell].has_c:
         variants = {
             "dense": "projected", "packed": "packed_projected", "varied": "packed_drawn_projected",
         }  # fmt: skip
-    elif ops.CELLS[cell].late_gate:
+    elif known.CELLS[cell].late_gate:
         variants["varied"] = "drawn"
     given = arguments(cell, variants[kind])
     silent = []
@@ -411,24 +423,33 @@ def shares_a_size(name: str, message: str) -> bool:
     return name in ("input", "weight_hh") and "Expected " in message and " of shape " in message
 
 
-@pytest.mark.parametrize("cell", [c for c in CELLS if not ops.CELLS[c].has_c])
-@pytest.mark.parametrize("name", ["states", "weight_hr", "want_cells"])
+@pytest.mark.parametrize("cell", [c for c in CELLS if not known.CELLS[c].has_c])
+@pytest.mark.parametrize("name", ["states", "projected", "want_cells"])
 def test_arguments_a_cell_does_not_have_are_refused(cell: str, name: str) -> None:
     given = forward_arguments(cell)
     given["states"] += [torch.zeros(1, 3, 5)] if name == "states" else []
-    given["weights"] += [torch.zeros(5, 5)] if name == "weight_hr" else []
+    if name == "projected":
+        given["weights"].append(torch.zeros(5, 5))
+        given["projected"] = True
     given["want_cells"] = name == "want_cells"
     with pytest.raises(RuntimeError, match=name):
         forward_op(cell)(**given)
 
 
-@pytest.mark.parametrize("cell", [c for c in CELLS if not ops.CELLS[c].has_c])
+@pytest.mark.parametrize("cell", [c for c in CELLS if not known.CELLS[c].has_c])
 @pytest.mark.parametrize("name", ["grad_c_n", "grad_cells"])
 def test_gradients_a_cell_does_not_have_are_refused(cell: str, name: str) -> None:
     given = backward_arguments(cell)
     shape = (1, 3, 5) if name == "grad_c_n" else (4, 3, 1, 5)
     with pytest.raises(RuntimeError, match=name):
         backward_op(cell)(**(given | {name: torch.zeros(shape)}))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_states_that_are_not_there_have_no_gradient(cell: str) -> None:
+    given = backward_arguments(cell, "bare") | {"need_states": True}
+    with pytest.raises(RuntimeError, match="need_states of 0, since there are no states"):
+        backward_op(cell)(**given)
 
 
 def with_padding(value: Tensor | None, where: Tensor) -> Tensor | None:
@@ -449,7 +470,7 @@ def test_packed_is_lengths_bitwise(
     cell: str, variant: str, threads: int, sizes: dict[str, int], dtype: torch.dtype
 ) -> None:
     """Results of both ops; what is not there, of input and gradients, is NaN in the padded form."""
-    if variant == "packed_projected" and not ops.CELLS[cell].has_c:
+    if variant == "packed_projected" and not known.CELLS[cell].has_c:
         return
     torch.set_num_threads(threads)
     given = backward_arguments(cell, variant, dtype=dtype, **sizes)
@@ -486,7 +507,7 @@ def test_packed_is_lengths_bitwise(
 def test_fake_of_packed_without_states(cell: str, direction: str) -> None:
     """How many rows there are is among the values of batch_sizes, which a fake does not have."""
     op, arguments = DIRECTIONS[direction]
-    given = arguments(cell, "packed") | {"states": []}
+    given = arguments(cell, "packed") | {"states": [], "need_states": False}
     with FakeTensorMode(shape_env=ShapeEnv()) as mode:
         fake = op(cell)(**{k: map_tensors(mode.from_tensor, v) for k, v in given.items()})
     real = op(cell)(**given)
@@ -513,6 +534,13 @@ def test_poison_reaches_the_engine(cell: str) -> None:
     assert fills() >= results + 1
     torch.use_deterministic_algorithms(False)
     assert fills() == 0
+
+
+def results_of(
+    call: known.Call, input: Tensor, states: Any, weights: Any, save: bool = False
+) -> list[Tensor]:
+    primals = [input, *states, *weights]
+    return ops.layer_forward(call.cell, primals, *known.Rest(), call.settings(save), call.variation)
 
 
 def every_value(dtype: torch.dtype) -> Tensor:
@@ -548,8 +576,8 @@ def test_half_types_round_to_nearest_even(dtype: torch.dtype, H: int, device: st
     def relu(
         input: Tensor, states: list[Tensor], weights: list[Tensor], has_biases: bool
     ) -> Sequence[Tensor]:
-        op = forward_op("rnn_relu")
-        return op(input, states, weights, has_biases, None, None, None, 1, 1, False, False)
+        call = known.Call("rnn_relu", has_biases, False, len(states), 1, 1)
+        return results_of(call, input, states, weights)
 
     # Sums: the values themselves (0), and ones that need rounding, overflow, or cancel.
     for bias in (0.0, 0.00390625, 1.0, -1.0, 1000.0, torch.finfo(dtype).max, math.inf):
@@ -603,9 +631,9 @@ def sigmoid(x: float) -> float:
 def test_tanh_is_accurate(dtype: torch.dtype, H: int, device: str) -> None:
     x = grid(dtype)
     weights = [torch.ones(H, 1, dtype=dtype), torch.zeros(H, H, dtype=dtype)]
-    found, _ = forward_op("rnn_tanh")(
-        x.to(device).view(1, -1, 1), [], [w.to(device) for w in weights], False, None, None, None,
-        1, 1, False, False,
+    found, _ = results_of(
+        known.Call("rnn_tanh", False, False, 0, 1, 1), x.to(device).view(1, -1, 1), [],
+        [w.to(device) for w in weights],
     )  # fmt: skip
     exact = exactly(math.tanh, x)
     for unit in found.cpu().view(-1, H).unbind(1):
@@ -633,9 +661,8 @@ def test_sigmoid_is_accurate(dtype: torch.dtype, gate: int, device: str) -> None
     weight_ih = torch.zeros(4, 1, dtype=dtype, device=device)
     weight_ih[gate] = 1  # infinity and NaN reach the other gates too, which are not looked at
     weights = [weight_ih, torch.zeros(4, 1, dtype=dtype, device=device)]
-    reserve = forward_op("lstm")(
-        x.to(device).view(1, n, 1), [], weights, False, None, None, None, 1, 1, True, False
-    )[3]
+    call = known.Call("lstm", False, False, 0, 1, 1)
+    reserve = results_of(call, x.to(device).view(1, n, 1), [], weights, save=True)[3]
     found = values_by_unit(reserve, 1).reshape(n, 4)[:, gate].cpu()
     exact = exactly(sigmoid, x)
     # 1 + exp(-x) overflows a little before the quotient is gone, here as in torch: what then

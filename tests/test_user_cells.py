@@ -29,6 +29,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import fused_rnn
 from fused_rnn import ops, user_cells
+from fused_rnn.cells import Call
 
 DREAMER = ROOT / "examples" / "dreamer_gru.h"
 FOLDER = BUILD / "extensions"  # kept from run to run
@@ -174,8 +175,10 @@ def test_ops(Dreamer: Any) -> None:
     """Strides, shapes, schemas and autograd as torch would have them of any op."""
     name = Dreamer(1, 1)._cell()
     weights = [torch.randn(48, 5), torch.randn(48, 16), torch.randn(48), torch.randn(48)]
-    given = (torch.randn(3, 2, 5), [], weights, True, None, None, None, 1, 1, True, False)
-    torch.library.opcheck(ops.forward_op(name), given)
+    call = Call(name, True, False, 0, 1, 1)
+    primals = [torch.randn(3, 2, 5), *weights]
+    given = (name, primals, None, None, None, None, call.settings(True), None)
+    torch.library.opcheck(ops.layer_forward, given)
 
 
 def test_transforms(Dreamer: Any) -> None:
@@ -246,7 +249,9 @@ def test_onnx_refuses(Dreamer: Any) -> None:
     pytest.importorskip("onnxscript")
     table = fused_rnn.onnx.translation_table()
     with pytest.raises(NotImplementedError, match="no recurrent operator with this cell"):
-        table[ops.forward_op(Dreamer(1, 1)._cell())]()
+        settings = Call("", True, False, 0, 1, 1).settings(False)
+        none = (None,) * 4
+        table[ops.layer_forward](Dreamer(1, 1)._cell(), [], *none, settings, None)
 
 
 def test_compiled_once(Dreamer: Any) -> None:

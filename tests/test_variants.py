@@ -25,7 +25,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fused_rnn
-from fused_rnn import functional, ops, reference
+from fused_rnn import functional, reference
+from fused_rnn.cells import CELLS, compute_dtype
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -425,7 +426,7 @@ def test_words_are_random():
 def test_dropout_of_weights(dtype, shape):
     x, seed = torch.randn(shape, dtype=dtype), torch.tensor(2**61 + 12345)
     found = torch.ops.fused_rnn.dropout(x, 0.3, seed)
-    compute = ops.compute_dtype(dtype)
+    compute = compute_dtype(dtype)
     factors = reference.dropout_factors(seed, reference.WEIGHT_DROPOUT, shape, 0.3, x.to(compute))
     assert torch.equal(found, (x.to(compute) * factors).to(dtype))
     torch.set_num_threads(2)
@@ -628,8 +629,7 @@ def test_no_params_and_no_layers(function):
 
 def test_every_cell_is_somebodys():
     """Each cell in the ops is the reference's, and some layer's."""
-    assert set(ops.CELLS) == set(reference.CELLS)
+    assert set(CELLS) == set(reference.CELLS)
     plain = [("RNN", {}), ("RNN", {"nonlinearity": "relu"}), ("GRU", {}), ("LSTM", {})]
     chosen = [*plain, *VARIANTS, *PAIRS]
-    built_in = {name for name, traits in ops.CELLS.items() if traits.library is fused_rnn._C}
-    assert built_in == {make(name, **options)._cell() for name, options in chosen}
+    assert set(fused_rnn._C.cells()) == {make(name, **options)._cell() for name, options in chosen}

@@ -270,7 +270,7 @@ TensorList layer_backward(const CellArgument& cell, const OptionalTensorList& gr
   const size_t saved_count =
       1 + (counts.reserve > 0) + call.cell.has_c + p.projected + (counts.statistics > 0);
   STD_TORCH_CHECK(saved.size() == saved_count, "Expected results of ", saved_count,
-                  " tensors, output and what forward saved, got ", saved.size());
+                  " tensors, output and those saved by forward, got ", saved.size());
   for (Tensor& tensor : saved) tensor = with_contiguous_units(tensor);
   auto next_saved = saved.begin();
   check_sequence("output", *next_saved, dtype, {p.L * p.P}, "L*P");

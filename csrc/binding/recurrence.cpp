@@ -273,7 +273,7 @@ TensorList recurrence_backward(const CellArgument& cell, const OptionalTensorLis
   const size_t saved_count =
       (counts.reserve > 0) + call.cell.has_c + p.projected + (counts.statistics > 0);
   STD_TORCH_CHECK(saved.size() == saved_count, "Expected results of ", 1 + saved_count,
-                  " tensors, output and what forward saved, got ", results_in.size());
+                  " tensors, output and those saved by forward, got ", results_in.size());
   for (Tensor& tensor : saved) tensor = with_contiguous_units(tensor);
   auto next_saved = saved.begin();
   if (counts.reserve > 0) {
