@@ -11,6 +11,8 @@ import ctypes
 import dataclasses
 import functools
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -121,6 +123,7 @@ def recurrence(H: int, T: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 STEPS = [(1, 0, 1), (1, 3, 1), (19, 5, 3), (40, 4, 2)]
+CLUSTER_STEPS = [(H, T, max(blocks, 2)) for H, T, blocks in STEPS]
 
 
 def check_steps(H: int, T: int, found: Tensor) -> None:
@@ -143,14 +146,14 @@ def grid_steps_tagged(run: Library) -> None:
 
 def cluster_steps(run: Library) -> None:
     for exchange in range(3):
-        for H, T, blocks in STEPS:
+        for H, T, blocks in CLUSTER_STEPS:
             inputs = list(recurrence(H, T)[:2])
             found = run("cluster_steps", inputs, [like(H)], H, T, blocks, exchange)
             check_steps(H, T, found[0])
 
 
 def cluster_words(run: Library) -> None:
-    for blocks, cluster in ((1, 1), (6, 3)):
+    for blocks, cluster in ((2, 2), (6, 3)):
         integers = functools.partial(like, dtype=torch.int32)
         ring, counts = run("cluster_words", [], [integers(blocks, 7), integers(blocks)],
                            blocks, cluster)  # fmt: skip
@@ -255,6 +258,51 @@ def test_kernel_on_a_gpu(kernel):
     if needs_clusters and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("clusters and transaction barriers exist from sm_90 on")
     KERNELS[kernel](Library(native.kernels_on_gpu(), "cuda"))
+
+
+@pytest.mark.parametrize(
+    ("exchange", "word"), [(0, "store_async"), (1, ""), (2, "remote_shared")], ids=str
+)
+def test_a_cluster_of_one_is_refused(cpu, exchange, word):
+    """What PTX leaves undefined there; without it, a block on its own is a cluster like others."""
+    H, T = 19, 5
+    call = functools.partial(
+        cpu, "cluster_steps", list(recurrence(H, T)[:2]), [like(H)], H, T, 1, exchange
+    )
+    if not word:
+        check_steps(H, T, call()[0])
+        return
+    where = rf"{word} at \S*kernels.cu:\d+ in a cluster of one block"
+    with pytest.raises(RuntimeError, match=rf"{where}: expected %cluster_nctarank > 1"):
+        call()
+
+
+def hang(run: Library, at_barrier: int) -> None:
+    run("hang", [], [like(4, dtype=torch.int32)], 2, at_barrier)
+
+
+@pytest.mark.parametrize("at_barrier", [0, 1])
+def test_a_hang_is_an_error(cpu, at_barrier):
+    with pytest.raises(RuntimeError, match="deadlock"):
+        hang(cpu, at_barrier)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("at_barrier", [0, 1])
+def test_a_hang_is_an_error_on_a_gpu(at_barrier):
+    """In a process of its own, for which the device is lost."""
+    if at_barrier and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("transaction barriers exist from sm_90 on")
+    script = (
+        "import native, test_cuda_runner as t\n"
+        f"t.hang(t.Library(native.kernels_on_gpu(), 'cuda'), {at_barrier})"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", script], cwd=Path(__file__).parent,
+        capture_output=True, text=True, timeout=50,
+    )  # fmt: skip
+    assert "device-side assert triggered" in run.stderr
+    assert "hand-over:7: Watchdog: block: [0,0,0]" in run.stdout + run.stderr
 
 
 def test_all_recurrences_agree_bitwise(cpu):

@@ -51,7 +51,7 @@ Chip look_at(int device) {
   chip.cooperative = attribute(cudaDevAttrCooperativeLaunch, device);
   chip.gigahertz = attribute(cudaDevAttrClockRate, device) * 1e-6;
   if (chip.capability >= 90)
-    for (int i = 0; i < 5; ++i)
+    for (int i = 0; i < cluster_size_count; ++i)
       chip.clusters[i] = clusters_of(cluster_sizes[i], static_cast<int>(chip.shared_bytes));
   return chip;
 }

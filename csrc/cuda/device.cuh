@@ -20,9 +20,9 @@ constexpr unsigned warp_size = 32;
 #include <cooperative_groups.h>
 #include <cuda_runtime.h>
 
+#include <cassert>
 #include <cstddef>
 #include <cstdint>
-#include <cstdio>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -156,7 +156,7 @@ DEVICE unsigned cluster_address(const void* mine, unsigned rank) {
 
 }  // namespace detail
 
-// The same place in the shared memory of another block of the cluster.
+// The same place in the shared memory of another block of the cluster, which has two or more.
 template <class T>
 DEVICE T* remote_shared(T* mine, unsigned rank) {
   uint64_t address = 0;
@@ -292,32 +292,28 @@ DEVICE void store_relaxed_16(Words4* to, Words4 value) {
       : "memory");
 }
 
-// Where FUSED_RNN_WATCHDOG is defined: ends a kernel in which a thread has waited for seconds, and says
-// which thread for which step. A hang is an error then.
+// Ends the kernel of a thread that has polled in vain for `patience`, so that a hang is an error. The
+// clock is read once in 64 polls, which no hand-over takes that is on its way.
 class Watchdog {
  public:
-#if defined(FUSED_RNN_WATCHDOG)
-  DEVICE explicit Watchdog(unsigned step) : step_(step), begin_(cycles()) {}
-  DEVICE void look() const {
-    if (cycles() - begin_ < (1ull << 33)) return;
-    printf("fused_rnn: thread %u of block %u has waited too long for step %u\n", threadIdx.x,
-           blockIdx.x, step_);
-    __trap();
+  // In clock_unit cycles (launch.h); 0 waits for ever.
+  DEVICE Watchdog(unsigned patience, unsigned turn) : patience_(patience), turn_(turn) {}
+
+  // After a poll in vain.
+  DEVICE void look() {
+    if (++polls_ % 64 != 0 || patience_ == 0) return;
+    uint64_t cycles;
+    asm volatile("mov.u64 %0, %%clock64;" : "=l"(cycles));
+    const unsigned now = static_cast<unsigned>(cycles / clock_unit);
+    if (begin_ == 0) begin_ = now;
+    if (now - begin_ > patience_)
+      // As a failed assertion says it: with the block and the thread, and without a stack.
+      __assert_fail("waited too long", "fused_rnn: hand-over", turn_, "Watchdog");
   }
 
  private:
-  static DEVICE uint64_t cycles() {
-    uint64_t now;
-    asm volatile("mov.u64 %0, %%clock64;" : "=l"(now));
-    return now;
-  }
-
-  unsigned step_;
-  uint64_t begin_;
-#else
-  DEVICE explicit Watchdog(unsigned) {}
-  DEVICE void look() const {}
-#endif
+  unsigned patience_, turn_;
+  unsigned polls_ = 0, begin_ = 0;
 };
 
 // Transaction barriers, in shared memory, from sm_90 on. A phase ends when `count` arrivals and all
@@ -357,18 +353,19 @@ DEVICE void barrier_expect(Barrier* barrier, unsigned bytes) {
                  "r"(bytes) : "memory");
 }
 
-// Until the phase of this parity has ended; acquires from the cluster. `step` is for the watchdog.
-DEVICE void barrier_wait(Barrier* barrier, unsigned parity, unsigned step = 0) {
-  const Watchdog dog(step);
-  unsigned ended = 0;
-  do {
-    dog.look();
+// Until the phase of this parity has ended; acquires from the cluster. `patience` and `turn` are for the
+// watchdog.
+DEVICE void barrier_wait(Barrier* barrier, unsigned parity, unsigned patience = 0,
+                         unsigned turn = 0) {
+  Watchdog dog(patience, turn);
+  for (unsigned ended = 0;; dog.look()) {
     FUSED_RNN_SM90(
         "{ .reg .pred ended;\n"
         "  mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 ended, [%1], %2;\n"
         "  selp.u32 %0, 1, 0, ended; }" : "=r"(ended) : "r"(detail::shared_address(barrier)),
         "r"(parity) : "memory");
-  } while (!ended);
+    if (ended) return;
+  }
 }
 
 // Asynchronous copies.
@@ -416,7 +413,7 @@ DEVICE void bulk_to_remote(void* mine_to, const void* shared, unsigned bytes, Ba
       "r"(detail::cluster_address(mine, rank)) : "memory");
 }
 
-// One value of 4, 8 or 16 bytes, likewise.
+// One value of 4, 8 or 16 bytes, likewise. In a cluster of one block this is undefined (PTX ISA, st.async).
 template <class T>
 DEVICE void store_async(T* mine, std::common_type_t<T> value, Barrier* mine_barrier,
                         unsigned rank) {

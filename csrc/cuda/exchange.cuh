@@ -47,7 +47,7 @@ struct Pair {
 class Arrivals {
  public:
   DEVICE Arrivals(const Layout& layout, void* barriers, unsigned bytes)
-      : barriers_(static_cast<Barrier*>(barriers)), bytes_(bytes) {
+      : barriers_(static_cast<Barrier*>(barriers)), bytes_(bytes), patience_(layout.patience) {
     if (thread_index() == 0) {
       for (int i = 0; i < layout.tiles * 2; ++i) barrier_init(&barriers_[i], 1);
       barrier_init_fence();
@@ -60,13 +60,13 @@ class Arrivals {
 
   // Until hand-over `turn` is here. Thread 0 has to be among those who wait.
   DEVICE void wait(int tile, unsigned turn) const {
-    barrier_wait(of(tile, turn), turn / 2 % 2, turn);
+    barrier_wait(of(tile, turn), turn / 2 % 2, patience_, turn);
     if (thread_index() == 0) barrier_expect(of(tile, turn), bytes_);
   }
 
  private:
   Barrier* barriers_;
-  unsigned bytes_;
+  unsigned bytes_, patience_;
 };
 
 // 16 bytes through L2, tagged, and how many of them carry `words` words.
@@ -75,7 +75,8 @@ constexpr int tagged_words(int words) { return (words + 2) / 3; }
 // Calls take(i, words) for i = first, first + stride .. < end once at(i) bears the tag. Several are asked
 // for at once.
 template <class At, class Take>
-DEVICE void poll(int first, int end, int stride, unsigned tag, const At& at, const Take& take) {
+DEVICE void poll(int first, int end, int stride, unsigned tag, unsigned patience, const At& at,
+                 const Take& take) {
   constexpr int batch = 2;
   for (int i = first; i < end; i += batch * stride) {
     Words4 words[batch];
@@ -83,7 +84,7 @@ DEVICE void poll(int first, int end, int stride, unsigned tag, const At& at, con
       if (i + j * stride < end) words[j] = load_relaxed_16(at(i + j * stride));
     for (int j = 0; j < batch; ++j)
       if (i + j * stride < end) {
-        for (const Watchdog dog(tag); words[j].w[3] != tag; dog.look())
+        for (Watchdog dog(patience, tag - 1); words[j].w[3] != tag; dog.look())
           words[j] = load_relaxed_16(at(i + j * stride));
         take(i + j * stride, words[j]);
       }
@@ -154,7 +155,8 @@ class GridStates {
                     const Member& member, Words4* ring)
       : state_(reinterpret_cast<Words4*>(shared + places.states)),
         ring_(ring + member.team * ring_words(layout)),
-        team_(layout.team) {}
+        team_(layout.team),
+        patience_(layout.patience) {}
 
   // Of 16 bytes, for each team; the caller has zeroed them.
   static HOST_DEVICE size_t ring_words(const Layout& layout) {
@@ -173,7 +175,7 @@ class GridStates {
     uint32_t* const to = reinterpret_cast<uint32_t*>(state_);
     const int lane = thread_index_again() % warp_size;
     poll(
-        begin * of_block + lane, end * of_block, warp_size, turn + 1,
+        begin * of_block + lane, end * of_block, warp_size, turn + 1, patience_,
         [&](int i) { return from + i; },
         [&](int i, const Words4& words) {
           const int block = i / of_block, pair = i % of_block / of_warp;
@@ -212,6 +214,7 @@ class GridStates {
   Words4* state_;
   Words4* ring_;
   int team_;
+  unsigned patience_;
 };
 
 // ---- shares of d_gates W_hh, backward. A warp hands over the sums of 16 units and 8 rows (product.cuh).
@@ -272,7 +275,8 @@ class GridSums {
       : parts_(reinterpret_cast<float*>(shared + places.inbox)),
         ring_(ring + member.team * ring_words(layout)),
         rank_(member.rank),
-        team_(layout.team) {}
+        team_(layout.team),
+        patience_(layout.patience) {}
 
   static HOST_DEVICE size_t ring_words(const Layout& layout) {
     return size_t(layout.tiles) * 2 * layout.team * layout.team * of_block;
@@ -302,7 +306,7 @@ class GridSums {
     if (part < parts) {
       float sums[3] = {0, 0, 0};
       poll(
-          part, team_, parts, turn + 1,
+          part, team_, parts, turn + 1, patience_,
           [&](int from) { return at(tile, turn, rank_, from) + word; },
           [&](int, const Words4& words) {
             for (int i = 0; i < 3; ++i) sums[i] += fused_rnn::detail::bit_cast<float>(words.w[i]);
@@ -333,6 +337,7 @@ class GridSums {
   Words4* ring_;
   unsigned rank_;
   int team_;
+  unsigned patience_;
 };
 
 }  // namespace fused_rnn::cuda

@@ -45,6 +45,8 @@ struct Layout {
   int tiles;        // that a team takes in turns
   int teams;        // at work at once
   int groups;       // of tiles taken in turns that each lane has
+  // That a thread has with a hand-over, in clock_unit cycles, before it ends its kernel; 0: for ever.
+  unsigned patience = 0;
 };
 
 HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -3,7 +3,10 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <stdexcept>
+
+#include "launch.h"
 
 namespace fused_rnn::cuda {
 namespace {
@@ -153,10 +156,10 @@ std::string number(int64_t value) { return std::to_string(value); }
 
 Candidate cluster(const Task& task, const Chip& chip) {
   std::vector<int> sizes;
-  for (int i = 0; i < 5; ++i)
+  for (int i = 0; i < cluster_size_count; ++i)
     if (chip.clusters[i] > 0) sizes.push_back(cluster_sizes[i]);
   const auto teams_of = [&](int team) {
-    for (int i = 0; i < 5; ++i)
+    for (int i = 0; i < cluster_size_count; ++i)
       if (cluster_sizes[i] == team) return chip.clusters[i];
     return 0;
   };
@@ -195,15 +198,29 @@ std::string refused(const Task& task, const Chip& chip, Engine engine) {
   return "";
 }
 
+// As a layout has it, whole units of which the last one may have begun.
+unsigned patience(const Chip& chip) {
+  double seconds = 10;
+  if (const char* given = std::getenv("FUSED_RNN_CUDA_WATCHDOG"); given && *given) {
+    char* end = nullptr;
+    seconds = std::strtod(given, &end);
+    if (*end || !(seconds >= 0 && seconds <= 86400))
+      throw std::invalid_argument(
+          std::string("Expected FUSED_RNN_CUDA_WATCHDOG to be seconds within 0..86400, got ") +
+          given);
+  }
+  return static_cast<unsigned>(std::ceil(seconds * chip.gigahertz * 1e9 / clock_unit));
+}
+
 }  // namespace
 
 const std::vector<NamedChip>& named_chips() {
   constexpr size_t kb = 1024;
   static const std::vector<NamedChip> chips{
-      {"A100", {80, 108, 163 * kb, {0, 0, 0, 0, 0}, true, 1.41}},
-      {"H100", {90, 132, 227 * kb, {132, 66, 32, 16, 7}, true, 1.755}},
-      {"H200", {90, 132, 227 * kb, {132, 66, 32, 16, 7}, true, 1.98}},
-      {"B200", {100, 148, 227 * kb, {148, 74, 36, 18, 8}, true, 1.85}},
+      {"A100", {80, 108, 163 * kb, {0, 0, 0, 0}, true, 1.41}},
+      {"H100", {90, 132, 227 * kb, {66, 32, 16, 7}, true, 1.755}},
+      {"H200", {90, 132, 227 * kb, {66, 32, 16, 7}, true, 1.98}},
+      {"B200", {100, 148, 227 * kb, {74, 36, 18, 8}, true, 1.85}},
   };
   return chips;
 }
@@ -240,7 +257,9 @@ std::vector<Candidate> candidates(const Task& task, const Chip& chip, const char
 }
 
 Layout choose(const Task& task, const Chip& chip, const char* engine) {
-  return candidates(task, chip, engine).front().layout;
+  Layout layout = candidates(task, chip, engine).front().layout;
+  layout.patience = patience(chip);
+  return layout;
 }
 
 Wavefront wavefront(Task task, int layers, bool training, bool captured, const Chip& chip,

@@ -11,17 +11,20 @@
 
 namespace fused_rnn::cuda {
 
+// Thread blocks of a cluster. Not one: there the st.async that hands over is undefined (PTX ISA, st.async:
+// "%cluster_nctarank > 1 is true").
+constexpr int cluster_sizes[] = {2, 4, 8, 16};
+constexpr int cluster_size_count = 4;
+
 // What a plan knows of a GPU.
 struct Chip {
   int capability;  // 90 for sm_90
   int multiprocessors;
-  size_t shared_bytes;  // that a thread block may have
-  int clusters[5];      // of 1, 2, 4, 8, 16 blocks that take all of that: how many fit
-  bool cooperative;     // launches
+  size_t shared_bytes;               // that a thread block may have
+  int clusters[cluster_size_count];  // whose blocks take all of that: how many fit
+  bool cooperative;                  // launches
   double gigahertz;
 };
-
-constexpr int cluster_sizes[5] = {1, 2, 4, 8, 16};
 
 // GPUs that a plan can be made for where there is none. Sizes and clocks are those of data sheets; how
 // many clusters fit is assumed, not measured.
@@ -56,7 +59,8 @@ struct Candidate {
 // can't take the task.
 std::vector<Candidate> candidates(const Task& task, const Chip& chip, const char* engine);
 
-// How the first of them runs.
+// How the first of them runs. A thread's patience with a hand-over is 10 seconds, or as many as
+// FUSED_RNN_CUDA_WATCHDOG says, 0 for no end; throws std::invalid_argument where that is no such number.
 Layout choose(const Task& task, const Chip& chip, const char* engine);
 
 // How a stack of layers runs (fused_rnn/stack.py): in parts of time, as a wavefront, or in one.

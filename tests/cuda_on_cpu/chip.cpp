@@ -5,7 +5,7 @@
 namespace fused_rnn::cuda {
 namespace {
 
-Chip chip{90, 8, 227 * 1024, {8, 4, 2, 0, 0}, true, 1.7};
+Chip chip{90, 8, 227 * 1024, {4, 2, 0, 0}, true, 1.7};
 
 }  // namespace
 
@@ -19,5 +19,12 @@ extern "C" __attribute__((visibility("default"))) void cuda_on_cpu_chip(int mult
   auto& chip = fused_rnn::cuda::chip;
   chip.multiprocessors = multiprocessors;
   chip.shared_bytes = shared_bytes;
-  for (int i = 0; i < 5; ++i) chip.clusters[i] = clusters[i];
+  for (int i = 0; i < fused_rnn::cuda::cluster_size_count; ++i) chip.clusters[i] = clusters[i];
+}
+
+// The patience that a plan for the chip gives a thread, in clock_unit cycles.
+extern "C" __attribute__((visibility("default"))) unsigned cuda_on_cpu_patience() {
+  using namespace fused_rnn;
+  const cuda::Task task{4, 0, DType::float32, 3, 2, 1, 20, false, false, nullptr};
+  return cuda::choose(task, cuda::chip, nullptr).patience;
 }

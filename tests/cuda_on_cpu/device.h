@@ -190,8 +190,8 @@ inline void store_relaxed_16(Words4* to, Words4 value, FUSED_RNN_SITE) {
 
 // The runner finds deadlocks by itself.
 struct Watchdog {
-  explicit Watchdog(unsigned) {}
-  void look() const {}
+  Watchdog(unsigned, unsigned) {}
+  void look() {}
 };
 
 // ---- transaction barriers
@@ -209,7 +209,8 @@ inline void barrier_arrive_remote(Barrier* mine, unsigned rank, FUSED_RNN_SITE) 
 inline void barrier_expect(Barrier* barrier, unsigned bytes, FUSED_RNN_SITE) {
   runner::barrier_arrive(barrier, bytes, {file, line});
 }
-inline void barrier_wait(Barrier* barrier, unsigned parity, unsigned = 0, FUSED_RNN_SITE) {
+inline void barrier_wait(Barrier* barrier, unsigned parity, unsigned = 0, unsigned = 0,
+                         FUSED_RNN_SITE) {
   runner::barrier_wait(barrier, parity, {file, line});
 }
 
@@ -239,9 +240,7 @@ template <class T>
 void store_async(T* mine, std::common_type_t<T> value, Barrier* barrier, unsigned rank,
                  FUSED_RNN_SITE) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16, "4, 8 or 16 bytes");
-  const runner::Site site{file, line};
-  runner::store_async(runner::remote_shared(mine, rank, site), &value, sizeof(T),
-                      runner::remote_shared(barrier, rank, site), site);
+  runner::store_async(mine, &value, sizeof(T), barrier, rank, {file, line});
 }
 inline void fence_async() { runner::fence_async(); }
 

@@ -578,6 +578,21 @@ KERNEL void ping_pong_kernel(uint64_t* result, int64_t turns) {
   }
 }
 
+// hang: waits for what nobody sends, with a flag in L2 or at a transaction barrier. On a GPU the
+// watchdog ends it, on the CPU the runner.
+KERNEL void hang_kernel(Words4* never, unsigned patience) {
+  for (Watchdog dog(patience, 7); load_relaxed_16(never).w[3] != 1; dog.look()) {
+  }
+}
+
+KERNEL void hang_at_barrier_kernel(unsigned patience) {
+  STATIC_SHARED(Barrier, never, 1);
+  if (thread_index() == 0) barrier_init(never, 1);
+  // The barrier is there; nobody arrives.
+  sync_threads();
+  barrier_wait(never, 0, patience, 7);
+}
+
 // words: what a block does with numbers. x (n) holds a float per thread of one block; n is a
 // multiple of 64, up to 512.
 //
@@ -747,7 +762,7 @@ KERNEL_TEST grid_steps_tagged(Buffer weight, Buffer initial, Buffer y, Buffer re
   });
 }
 
-// The same, in one cluster of 1 to 16 blocks. exchange: 0 store_async, 1 bulk_to_remote, 2 plain
+// The same, in one cluster of 2 to 16 blocks. exchange: 0 store_async, 1 bulk_to_remote, 2 plain
 // stores and barrier_arrive_remote.
 KERNEL_TEST cluster_steps(Buffer weight, Buffer initial, Buffer result, int64_t H, int64_t T,
                           int64_t blocks, int64_t exchange) {
@@ -761,7 +776,7 @@ KERNEL_TEST cluster_steps(Buffer weight, Buffer initial, Buffer result, int64_t 
   });
 }
 
-// ring (blocks, 7), counts (blocks): int32, in clusters of `cluster` blocks. ring[b, j] =
+// ring (blocks, 7), counts (blocks): int32, in clusters of `cluster` blocks, 2 or more. ring[b, j] =
 // 1000 left + j, where left is the rank before b's in its cluster, the last before the first.
 // counts = cluster * 2080.
 KERNEL_TEST cluster_words(Buffer ring, Buffer counts, int64_t blocks, int64_t cluster) {
@@ -826,6 +841,18 @@ KERNEL_TEST bulk_sum(Buffer x, Buffer sums, int64_t rows, int64_t n) {
 KERNEL_TEST ping_pong(Buffer result, int64_t turns) {
   return run({result}, [&] {
     launch(ping_pong_kernel, {{1, 1, 1}, 64}, nullptr, pointer<uint64_t>(result), turns);
+  });
+}
+
+// never (4): int32, scratch. Fails after `patience` clock_unit cycles.
+KERNEL_TEST hang(Buffer never, int64_t patience, int64_t at_barrier) {
+  return run({never}, [&] {
+    set_zero(never.data, 16, nullptr);
+    const Grid grid{{1, 1, 1}, 32};
+    if (at_barrier)
+      launch(hang_at_barrier_kernel, grid, nullptr, static_cast<unsigned>(patience));
+    else
+      launch(hang_kernel, grid, nullptr, pointer<Words4>(never), static_cast<unsigned>(patience));
   });
 }
 

@@ -391,7 +391,17 @@ class Launch final : public Surroundings {
     return data;
   }
 
+  // The PTX ISA leaves st.async undefined unless %cluster_nctarank > 1. It says nothing of mapa, but who
+  // maps an address in a cluster of one has counted on another block.
+  void need_cluster(const char* what, Site site) {
+    if (size_.cluster < 2)
+      fail(std::string(what) + " at " + at_site(site) +
+           " in a cluster of one block: expected %cluster_nctarank > 1\n  by " +
+           describe(*current));
+  }
+
   void* remote_shared(const void* mine, unsigned rank, Site site) {
+    need_cluster("remote_shared", site);
     Block& block = *current->block;
     const auto at = reinterpret_cast<uintptr_t>(mine);
     if (rank >= size_.cluster)
@@ -538,9 +548,12 @@ class Launch final : public Surroundings {
     begin_copy(to, from, bytes, barrier, true, site);
   }
 
-  void store_async(void* to, const void* value, size_t bytes, void* barrier, Site site) {
-    check_aligned(to, bytes, "store_async", site);
-    Copy& copy = begin_copy(to, nullptr, bytes, barrier, false, site);
+  void store_async(void* mine, const void* value, size_t bytes, void* barrier, unsigned rank,
+                   Site site) {
+    need_cluster("store_async", site);
+    check_aligned(mine, bytes, "store_async", site);
+    Copy& copy = begin_copy(remote_shared(mine, rank, site), nullptr, bytes,
+                            remote_shared(barrier, rank, site), false, site);
     memcpy(copy.value, value, bytes);
   }
 
@@ -1121,8 +1134,9 @@ void copy_async_wait(unsigned pending, Site site) { running->copy_async_wait(pen
 void bulk_copy(void* to, const void* from, size_t bytes, void* barrier, Site site) {
   running->bulk_copy(to, from, bytes, barrier, site);
 }
-void store_async(void* to, const void* value, size_t bytes, void* barrier, Site site) {
-  running->store_async(to, value, bytes, barrier, site);
+void store_async(void* mine, const void* value, size_t bytes, void* barrier, unsigned rank,
+                 Site site) {
+  running->store_async(mine, value, bytes, barrier, rank, site);
 }
 void fence_async() { running->fence_async(); }
 

@@ -9,7 +9,8 @@
 //   accesses out of bounds of every tensor and shared buffer, gaps of strided tensors included,
 //   reads                  of memory that nothing has written,
 //   deadlocks              with who waits where,
-//   divergent barriers     and warp operations that not all threads reach.
+//   divergent barriers     and warp operations that not all threads reach,
+//   clusters of one        that use what only larger ones have.
 // What a schedule happened to do does not matter to the first three: an access that nothing orders is a
 // race whichever came first.
 //
@@ -97,6 +98,7 @@ void load_matrix(uint32_t* registers, const void* row, bool transposed, Site sit
 void* dynamic_shared();
 // `key` tells the arrays of a kernel apart.
 void* static_shared(const void* key, size_t bytes, size_t alignment, const char* name);
+// In a cluster of two blocks or more.
 void* remote_shared(const void* mine, unsigned rank, Site site);
 
 // ---- atomics of 4, 8 or 16 bytes
@@ -121,7 +123,9 @@ void copy_async_commit();
 void copy_async_wait(unsigned pending, Site site);
 // Completes on `barrier`, if there is one.
 void bulk_copy(void* to, const void* from, size_t bytes, void* barrier, Site site);
-void store_async(void* to, const void* value, size_t bytes, void* barrier, Site site);
+// In a cluster of two blocks or more, to the places of `mine` and `barrier` in block `rank` of it.
+void store_async(void* mine, const void* value, size_t bytes, void* barrier, unsigned rank,
+                 Site site);
 void fence_async();
 
 }  // namespace fused_rnn::cuda_on_cpu
