@@ -10,9 +10,10 @@ from __future__ import annotations
 import argparse
 import faulthandler
 import itertools
+import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +32,8 @@ GPU_EFFORT = timing.Effort(budget_s=0.3, slice_s=0.005, min_rounds=3)
 DRY_EFFORT = timing.Effort(budget_s=0.0, slice_s=0.0, min_rounds=2, scrub_bytes=1)
 GRAPH_BELOW_S = 0.05  # of one call: nothing that takes longer waits for launches
 CAPTURE_FAILURES = 3  # then no more is tried: each may leave torch's allocator in disorder
-ROW_LIMIT_S = 60.0  # then a row counts as hung, and its process ends
+ROW_LIMIT_S = 20.0  # then a row counts as hung, and its process ends
+ATTENTION_ROW_LIMIT_S = 60.0  # torch.compile included
 COMPILED_ROW_LIMIT_S = 240.0  # where a library runs a compiler for every shape
 FAULT = 3  # exit status when the device is lost to the process
 
@@ -88,6 +90,12 @@ class Case(NamedTuple):
             return 15.0
         flops = layers.product_flops(self.cell, self.mode, self.shape, self.num_layers)
         return 0.8 + 30 * flops / PEAK_FLOPS[self.dtype]  # some 15 calls at half the peak
+
+    @property
+    def limit_s(self) -> float:
+        if self.library:
+            return COMPILED_ROW_LIMIT_S
+        return ATTENTION_ROW_LIMIT_S if isinstance(self.shape, AttentionShape) else ROW_LIMIT_S
 
     @property
     def dense(self) -> bool:
@@ -237,10 +245,45 @@ def engine(layer: Any, input: Tensor, mode: str) -> dict[str, Any]:
 PHASES = {"forward": ("forward",), "training": ("forward", "backward")}
 
 
-def refusal(case: Case, device: torch.device) -> str | None:
-    """Why the engine that ``case`` forces cannot take it, or None. A dry run asks about an H100."""
-    if not case.engine or isinstance(case.shape, AttentionShape):
-        return None
+class Place(NamedTuple):
+    """Where a row runs."""
+
+    engine: str  # of ours that is forced; empty for the plan's choice
+    engines: tuple[str, ...]  # that it can lose the device to
+
+
+def place(case: Case, device: torch.device, avoided: Mapping[str, str]) -> Place | str:
+    """Where ``case`` runs, or why it cannot. A dry run asks about an H100.
+
+    Args:
+        avoided: engines that have lost a row, and which. A row that forces one of them is left
+            out; one for which the plan takes it goes to the best of the others.
+    """
+    if isinstance(case.shape, AttentionShape):
+        return Place("", ())
+    passes = _candidates(case, device)
+    able = {
+        name: sum(found[name].us_per_step or float("inf") for found in passes.values())
+        for name in machine.CUDA_ENGINES
+        if all(found[name].possible for found in passes.values())
+    }
+    if case.engine and case.engine not in able:
+        for phase, found in passes.items():
+            if not found[case.engine].possible:
+                return f"{case.engine} cannot take it {phase}: {found[case.engine].reason}"
+    forced = case.engine or os.environ.get(machine.VARIABLE)
+    if forced in avoided:
+        return f"{forced} is avoided: {avoided[forced]} was lost"
+    taken = (forced,) if forced else tuple(next(iter(found)) for found in passes.values())
+    if not any(engine in avoided for engine in taken):
+        return Place(case.engine, tuple(dict.fromkeys(taken)))
+    best = min((name for name in able if name not in avoided), key=able.__getitem__)
+    return Place(best, (best,))
+
+
+def _candidates(case: Case, device: torch.device) -> dict[str, dict[str, Any]]:
+    """By pass, then by engine, the plan's first: what ``fused_rnn.explain`` says of it."""
+    assert isinstance(case.shape, Shape)
     on_gpu = device.type == "cuda"
     with products_as(PRECISIONS[case.dtype]), machine.forced(""):
         layer = getattr(fused_rnn, case.cell)(
@@ -248,12 +291,11 @@ def refusal(case: Case, device: torch.device) -> str | None:
             dtype=PRECISIONS[case.dtype].dtype, device=device if on_gpu else "meta",
         )  # fmt: skip
         explanation = fused_rnn.explain(layer, case.shape[:3], chip=None if on_gpu else "H100")
-    for choice in explanation.choices:
-        if choice.phase in PHASES[case.mode]:
-            (found,) = (each for each in choice.candidates if each.engine == case.engine)
-            if not found.possible:
-                return f"{case.engine} cannot take it {choice.phase}: {found.reason}"
-    return None
+    return {
+        choice.phase: {each.engine: each for each in choice.candidates}
+        for choice in explanation.choices
+        if choice.layer == 0 and choice.phase in PHASES[case.mode]
+    }
 
 
 def blank(case: Case, shape: Shape | AttentionShape) -> dict[str, Any]:
@@ -470,18 +512,32 @@ class Sweep:
             "machine": machine.facts(),
             "planned": planned,
             "running": None,  # the key of the row under way; left behind if the process is killed
+            "running_on": [],  # the engines that it can lose the device to
             "fault": None,  # why the process gave up, if it did
             "left_out": [],  # keys of rows that the engine forced on them cannot take, and why
+            "avoided": before.get("avoided", {}),  # engines that lost a row, and its key
             "rows": before.get("rows", []),
         }
         self.lost: str | None = before.get("running")
+        if self.lost is not None:
+            self.avoid(before.get("running_on", []), self.lost)
 
     @property
     def rows(self) -> list[dict[str, Any]]:
         return self.document["rows"]  # type: ignore[no-any-return]
 
-    def begin(self, case: Case) -> None:
-        self.document["running"] = case.key
+    @property
+    def avoided(self) -> dict[str, str]:
+        return self.document["avoided"]  # type: ignore[no-any-return]
+
+    def avoid(self, engines: Iterable[str], lost: str) -> None:
+        """From now on, but for per_step: it waits for nothing, and takes what no other can."""
+        for engine in engines:
+            if engine != "per_step":
+                self.avoided.setdefault(engine, lost)
+
+    def begin(self, case: Case, engines: Sequence[str]) -> None:
+        self.document.update(running=case.key, running_on=list(engines))
         self._write()
 
     def add(self, row: dict[str, Any]) -> None:
@@ -493,7 +549,7 @@ class Sweep:
         print(f"{case.key}: left out, {why}", flush=True)
 
     def end(self, fault: str | None = None) -> None:
-        self.document.update(running=None, fault=fault)
+        self.document.update(running=None, running_on=[], fault=fault)
         self._write()
 
     def _write(self) -> None:
@@ -536,18 +592,23 @@ def sweep(
         expected = max(usual, case.expected_s) if on_gpu else usual
         if case.key in done or (seconds is not None and elapsed + expected > seconds):
             continue
-        guard(COMPILED_ROW_LIMIT_S if case.library else ROW_LIMIT_S)
+        guard(case.limit_s)
         began = time.perf_counter()
+        placed = Place("", ())
         try:
-            why = refusal(case, device)
-            if why is not None:
-                file.leave_out(case, why)
+            found = place(case, device, file.avoided)
+            if isinstance(found, str):
+                file.leave_out(case, found)
                 continue
-            file.begin(case)  # a row left out never ran, so it cannot be lost
+            placed = found
+            file.begin(case, placed.engines)  # a row left out never ran, so it cannot be lost
             effort = GPU_EFFORT if on_gpu else DRY_EFFORT
             uncaptured = sum(row["captured"] is False for row in file.rows)
             graphs = on_gpu and uncaptured < CAPTURE_FAILURES
-            row = measure(case, shape, device, effort, libraries, graphs)
+            on = case._replace(engine=placed.engine)
+            row = measure(on, shape, device, effort, libraries, graphs) | {"key": case.key}
+            if placed.engine != case.engine:
+                row["notes"].append(f"avoided: {', '.join(sorted(file.avoided))}")
         except Exception as failure:  # a row that fails is a row of the report, not its end
             row = blank(case, shape)
             row["problem"] = _first_line(failure)
@@ -555,6 +616,7 @@ def sweep(
         row["seconds"] = time.perf_counter() - began
         if fault is not None:
             row.update(problem=fault, passed=False)
+            file.avoid(placed.engines, case.key)
         file.add(row)
         if not isinstance(case.shape, AttentionShape):
             took.append(row["seconds"])

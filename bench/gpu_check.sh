@@ -8,12 +8,12 @@
 #
 # Every stage runs even when an earlier one failed, within its own limit and what is left of the
 # whole; the sweep takes all that the others left. The exit status says whether all passed. OUTDIR
-# holds what there is at any time, also after an interrupt:
+# holds these files and no others, what there is of them at any time, also after an interrupt:
 #
-#   machine.json   commit, GPU, driver, clocks, versions      stages.json   what passed, and how long
-#   sweep.json     the rows measured, see gpu.py              log.txt       what the stages printed
-#   summary.txt    stages, means, rows with the worst ratios last
-#   sanitizers/    what each tool found, if it was run
+#   machine.json     commit, GPU, driver, clocks, versions    stages.json   what passed, and how long
+#   sweep.json       the rows measured, see gpu.py            log.txt       what the stages printed
+#   sanitizers.txt   what each tool found, if it was run
+#   summary.txt      stages, means, rows with the worst ratios last
 #
 # --dry-run prints the plan, then runs what needs no GPU: the facts, the tests' collection, and the
 # sweep on the CPU with shapes too small to mean anything.
@@ -43,8 +43,7 @@ out=$(cd "$out" && pwd)
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python3}
 deadline=$((SECONDS + budget))
-rm -f "$out"/{machine,stages,sweep}.json "$out"/{summary.txt,log.txt}
-rm -rf "$out/sanitizers"
+rm -f "$out"/{machine,stages,sweep}.json "$out"/{summary,log,sanitizers}.txt
 
 if ! work=$(mktemp -d); then
   work=$out/work
@@ -114,7 +113,7 @@ start() { # start NAME SECONDS COMMAND...
   fi
   echo "== $name"
   # timeout leads a process group of its own, and ends all of it.
-  timeout --kill-after=5 "$limit" "$@" >"$out/$name.log" 2>&1 </dev/null &
+  timeout --kill-after=5 "$limit" "$@" >"$work/$name.log" 2>&1 </dev/null &
   pids[$name]=$! begun[$name]=$SECONDS limits[$name]=$limit
 }
 
@@ -146,15 +145,17 @@ finish() {
 }
 
 record() { # record NAME: of a stage that has ended
-  local name=$1 pid=${pids[$1]} log=$out/$1.log rc why=()
+  local name=$1 pid=${pids[$1]} log=$work/$1.log rc why=()
   local seconds=$((SECONDS - begun[$name]))
   unset "pids[$name]"
   wait "$pid"
   rc=$?
   [ $rc -eq 137 ] && [ $seconds -ge "${limits[$name]}" ] && rc=124
   if [[ $name = *check* ]]; then
-    mkdir -p "$out/sanitizers"
-    grep '^=========' "$log" >"$out/sanitizers/$name.txt"
+    {
+      echo "== $name"
+      grep '^=========' "$log"
+    } >>"$out/sanitizers.txt"
   fi
   if [[ $name = *check* ]] && grep -q "Device not supported" "$log"; then
     rc='' why=("compute-sanitizer does not support this device")
@@ -190,6 +191,8 @@ have() { "$python" -c "import $1" 2>/dev/null; }
 export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
 pytest=("$python" -m pytest -c "$repo/pyproject.toml" -o "addopts=-ra --strict-markers"
   -o faulthandler_timeout=60 -p no:cacheprovider --continue-on-collection-errors --tb=short)
+# A test that hangs ends its process (tests/lost_device.py), and xdist starts another.
+! have pytest_timeout || pytest+=(-p pytest_timeout)
 workers=()
 if have xdist; then
   cores=$(nproc)

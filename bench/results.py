@@ -249,10 +249,13 @@ def summary(out: Path, shown: int | None = None) -> list[str]:
     ]
     if sweep:
         left_out = len(sweep.get("left_out", []))
-        beside = f", {left_out} left out: their engine cannot take them" if left_out else ""
+        why = "cannot take them, or is avoided"
+        beside = f", {left_out} left out: their engine {why}" if left_out else ""
+        avoided = sweep.get("avoided", {})
         lines += ["", f"sweep: {len(rows)} of {sweep['planned']} rows{beside}"]
         if sweep["running"] is not None:
             lines.append(f"stopped at: {sweep['running']}")
+        lines += [f"{engine} avoided after it lost {key}" for engine, key in avoided.items()]
         lines += ["", *means(rows)]
     if rows:
         lines += ["", *LEGEND]

@@ -72,9 +72,7 @@ def flags(cuda: bool) -> dict[str, list[str]]:
     if not cuda:
         return {"cxx": cxx}
     version = f'-DFUSED_RNN_CUDA="{torch.version.cuda}"'
-    # Makes a kernel that waits for ever an error (csrc/cuda/device.cuh); slower.
-    watchdog = ["-DFUSED_RNN_WATCHDOG"] if os.environ.get("FUSED_RNN_WATCHDOG") == "1" else []
-    return {"cxx": [*cxx, version, "-DUSE_CUDA"], "nvcc": [*both, "-O3", version, *watchdog]}
+    return {"cxx": [*cxx, version, "-DUSE_CUDA"], "nvcc": [*both, "-O3", version]}
 
 
 def _files(pattern: str) -> list[str]:

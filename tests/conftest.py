@@ -9,6 +9,13 @@ import pytest
 import torch
 
 import fused_rnn._C
+from lost_device import (  # noqa: F401  hooks
+    pytest_collection_modifyitems,
+    pytest_configure,
+    pytest_runtest_makereport,
+    pytest_sessionfinish,
+    pytest_unconfigure,
+)
 
 # cuBLAS refuses deterministic mode without it, and reads it when CUDA starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
