@@ -271,7 +271,7 @@ def place(case: Case, device: torch.device, avoided: Mapping[str, str]) -> Place
         for phase, found in passes.items():
             if not found[case.engine].possible:
                 return f"{case.engine} cannot take it {phase}: {found[case.engine].reason}"
-    forced = case.engine or os.environ.get(machine.VARIABLE)
+    forced = case.engine or os.environ.get(machine.VARIABLE, "")
     if forced in avoided:
         return f"{forced} is avoided: {avoided[forced]} was lost"
     taken = (forced,) if forced else tuple(next(iter(found)) for found in passes.values())

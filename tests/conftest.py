@@ -7,8 +7,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-
-import fused_rnn._C
 from lost_device import (  # noqa: F401  hooks
     pytest_collection_modifyitems,
     pytest_configure,
@@ -16,6 +14,8 @@ from lost_device import (  # noqa: F401  hooks
     pytest_sessionfinish,
     pytest_unconfigure,
 )
+
+import fused_rnn._C
 
 # cuBLAS refuses deterministic mode without it, and reads it when CUDA starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

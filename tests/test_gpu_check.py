@@ -147,7 +147,10 @@ case $* in
   *) echo 'test session starts'; echo '1 passed' ;;
 esac
 """
-STAND_IN_SANITIZER = "#!/bin/sh\necho \"========= ERROR SUMMARY of $2: 0 errors\"; echo '1 passed'\n"
+STAND_IN_SANITIZER = """#!/bin/sh
+echo "========= ERROR SUMMARY of $2: 0 errors"
+echo '1 passed'
+"""
 
 
 @pytest.mark.skipif(os.name != "posix", reason="a shell script")
