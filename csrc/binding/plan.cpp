@@ -69,7 +69,8 @@ py::dict cuda_chips() {
     facts["multiprocessors"] = chip.multiprocessors;
     facts["shared_bytes"] = chip.shared_bytes;
     py::dict clusters;
-    for (int i = 0; i < 5; ++i) clusters[py::int_(cuda::cluster_sizes[i])] = chip.clusters[i];
+    for (int i = 0; i < cuda::cluster_size_count; ++i)
+      clusters[py::int_(cuda::cluster_sizes[i])] = chip.clusters[i];
     facts["clusters"] = clusters;
     facts["gigahertz"] = chip.gigahertz;
     chips[name] = facts;
