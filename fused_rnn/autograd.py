@@ -24,6 +24,7 @@ from torch import Tensor
 from torch._C import _functorch
 from torch._functorch.autograd_function import enable_single_level_autograd_function
 from torch.autograd import forward_ad
+from torch.utils import _pytree as pytree
 
 from . import batching, ops, reference
 from .cells import NOTHING, PLAIN, Call, Rest, call_of, compute_dtype, reference_weights
@@ -447,6 +448,57 @@ def _layer_backward(
     return list(apply_here(Gradient, call, needed, *grads, *rest, *primals, *results))
 
 
+def _refusal(name: str, op: Any) -> Callable[..., list[Tensor]]:
+    def refuse(*arguments: Any) -> list[Tensor]:
+        if asks([t for t in pytree.tree_leaves(arguments) if isinstance(t, Tensor)]):
+            raise RuntimeError(
+                f"fused_rnn::{name} has no derivative, that is the layer's: call "
+                "fused_rnn::layer_forward, or detach what needs a gradient"
+            )
+        with ops.below_autograd():
+            found: list[Tensor] = op(*arguments)
+        return found
+
+    return refuse
+
+
+class Dropout(torch.autograd.Function):
+    """From (input, p, seed) to the result of dropout, whose factors do not depend on input."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, p: float, seed: Tensor) -> Tensor:
+        ctx.p = p
+        ctx.save_for_backward(seed)
+        if is_transformed():
+            ctx.save_for_forward(seed)
+        with ops.at_lower_levels():
+            return ops.dropout(input, p, seed)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ops.dropout(grad, ctx.p, *ctx.saved_tensors), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _p: None, _seed: None) -> Tensor:
+        with ops.in_forward_mode():
+            return ops.dropout(tangent, ctx.p, *ctx.saved_tensors)
+
+
+def _dropout(input: Tensor, p: float, seed: Tensor) -> Tensor:
+    if asks((input,)):
+        found: Any = apply_here(Dropout, input, p, seed)
+        return found
+    with ops.below_autograd():
+        return ops.dropout(input, p, seed)
+
+
+for _name, _op in (
+    ("recurrence_forward", ops.recurrence_forward),
+    ("recurrence_backward", ops.recurrence_backward),
+):
+    ops.library.impl(_name, _refusal(_name, _op), "Autograd")
+ops.library.impl("dropout", _dropout, "Autograd")
+batching.register(ops.dropout, batching.dropout_rule)
 ops.library.impl("layer_forward", _layer_forward, "Autograd")
 ops.library.impl("layer_backward", _layer_backward, "Autograd")
 batching.register(ops.layer_forward, batching.forward_rule)

@@ -57,6 +57,8 @@ def register(op: Any, rule: Rule) -> None:
         size = next(t.shape[0] for t, dim in found if dim is not None)
         plain, dims = (pytree.tree_unflatten(part, spec) for part in zip(*found, strict=True))
         results, result_dims = rule(_Info(size, "error"), dims, *plain)
+        if isinstance(results, Tensor):
+            return torch._add_batch_dim(results, result_dims, level)
         wrapped = [
             # In front: forward mode lays tangents out as what they are tangents of.
             t if dim is None else torch._add_batch_dim(t.movedim(dim, 0).contiguous(), 0, level)
@@ -120,6 +122,16 @@ def backward_rule(
         (*_REST, *_GRADS, "output", *_kinds_of_saved(call, primals[0]), *kinds),
         [kind for kind in kinds if groups[kind]],
     )  # fmt: skip
+
+
+def dropout_rule(info: Any, dims: Any, input: Tensor, p: float, seed: Tensor) -> tuple[Tensor, int]:
+    """Of dropout: rows are drawn by their places, so that members go one by one."""
+    of_input, _, of_seed = dims
+    (found,), _ = _one_by_one(
+        lambda input, seed: [ops.dropout(input, p, seed)], info.batch_size, (of_input, of_seed),
+        (input, seed),
+    )  # fmt: skip
+    return found, 0
 
 
 def _kinds_of_primals(call: Call) -> tuple[str, ...]:

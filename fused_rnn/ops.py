@@ -29,6 +29,7 @@ layer_forward = torch.ops.fused_rnn.layer_forward.default
 layer_backward = torch.ops.fused_rnn.layer_backward.default
 recurrence_forward = torch.ops.fused_rnn.recurrence_forward.default
 recurrence_backward = torch.ops.fused_rnn.recurrence_backward.default
+dropout = torch.ops.fused_rnn.dropout.default
 attention_forward = torch.ops.fused_rnn.additive_attention_forward.default
 attention_backward = torch.ops.fused_rnn.additive_attention_backward.default
 
@@ -160,21 +161,6 @@ def _layer_backward_fake(
 def _dropout_fake(input: Tensor, p: float, seed: Tensor) -> Tensor:
     _check_devices(input, seed)
     return torch.empty_like(input, memory_format=torch.contiguous_format)
-
-
-def _dropout_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-    (seed,) = ctx.saved_tensors
-    return torch.ops.fused_rnn.dropout(grad, ctx.p, seed), None, None
-
-
-def _dropout_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, ctx.p, seed = inputs
-    ctx.save_for_backward(seed)
-
-
-torch.library.register_autograd(
-    "fused_rnn::dropout", _dropout_backward, setup_context=_dropout_context
-)
 
 
 @torch.library.register_fake("fused_rnn::additive_attention_forward")
