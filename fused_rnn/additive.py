@@ -106,13 +106,13 @@ class AdditiveAttention(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, _settings: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        settings, tensors = ctx.settings, ctx.saved_tensors
-        rest, primals = tensors[:_REST], tensors[_REST:]
+        settings = ctx.settings
 
         def function(*given: Any) -> tuple[Tensor, ...]:
-            return tuple(t for t in _by_reference(settings, given, rest) if t is not None)
+            rest, primals = given[:_REST], given[_REST:]
+            return tuple(t for t in _by_reference(settings, primals, rest) if t is not None)
 
-        context, *others = tangents_of(function, primals, tangents[_REST:])
+        context, *others = tangents_of(function, ctx.saved_tensors, tangents)
         left = iter(others)
         unwanted = context.new_zeros(0)
         return (context, None, *(next(left) if wanted else unwanted for wanted in settings[2:]))
@@ -137,25 +137,22 @@ class Gradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *directions: Tensor | None) -> tuple[Any, ...]:
-        rest, given = ctx.saved_tensors[:_REST], ctx.saved_tensors[_REST:]
-        along = or_zeros(directions, given[3:])
-        of_grads = gradients_of(_gradient(ctx.settings, rest), given, along)
-        return (None, *of_grads[:3], *(None,) * _REST, *of_grads[3:], None, None)
+        tensors = ctx.saved_tensors
+        along = or_zeros(directions, tensors[_REST + 3 :])
+        found = gradients_of(_gradient(ctx.settings), tensors, along)
+        return (None, *found[_REST : _REST + 3], *found[:_REST], *found[_REST + 3 :], None, None)
 
     @staticmethod
     def jvp(ctx: Any, _settings: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        rest, given = ctx.saved_tensors[:_REST], ctx.saved_tensors[_REST:]
-        along = (*tangents[:3], *tangents[3 + _REST : -2])
-        return tangents_of(_gradient(ctx.settings, rest), given, along)
+        along = (*(None,) * _REST, *tangents[:3], *tangents[3 + _REST : -2])
+        return tangents_of(_gradient(ctx.settings), ctx.saved_tensors, along)
 
 
-def _gradient(
-    settings: Settings, rest: Sequence[Tensor | None]
-) -> Callable[..., tuple[Tensor, ...]]:
-    """Gradient by the reference: a function of the gradients of results and the primals."""
+def _gradient(settings: Settings) -> Callable[..., tuple[Tensor, ...]]:
+    """Gradient by the reference: a function of the rest, gradients of results, and the primals."""
 
     def gradient(*given: Any) -> tuple[Tensor, ...]:
-        grads, primals = given[:3], given[3:]
+        rest, grads, primals = given[:_REST], given[_REST : _REST + 3], given[_REST + 3 :]
 
         def function(*primals: Tensor) -> tuple[Tensor, ...]:
             results = _by_reference(settings, primals, rest)

@@ -142,7 +142,7 @@ class Layer(torch.autograd.Function):
         along = tangents[4:]
         changes: Sequence[Tensor]
         if _is_dual(primals):
-            changes = tangents_of(_by_reference(call, Rest(*rest)), primals, along)
+            changes = tangents_of(_by_reference(call), (*rest, *primals), tangents)
         else:
             with ops.in_forward_mode():
                 results = _forward(call, _duals(primals, along), Rest(*rest), save=False)
@@ -192,10 +192,10 @@ class Gradient(torch.autograd.Function):
             return (None,) * (10 + len(primals) + ctx.results)
         along = _in_their_places(call, needed, directions)
         if _is_dual(primals):
-            function = _gradient_by_reference(call, needed, Rest(*rest))
+            function = _gradient_by_reference(call, needed)
             given = or_zeros(directions, _where(call, needed, primals))
-            found = gradients_of(function, (*grads, *primals), given)
-            of_grads, of_primals = _split(found, 4)
+            found = gradients_of(function, (*rest, *grads, *primals), given)
+            _, of_grads, of_primals = _split(found, 4, 4)
         else:
             needs = ctx.needs_input_grad[10 : 10 + len(primals)]
             of_grads, of_primals = _second(
@@ -209,8 +209,9 @@ class Gradient(torch.autograd.Function):
         grads, rest, primals = _split(ctx.saved_tensors, 4, 4)
         of_grads, _, of_primals, _ = _split(tangents, 4, 4, len(primals))
         if _is_dual(primals):
-            function = _gradient_by_reference(call, needed, Rest(*rest))
-            return tangents_of(function, (*grads, *primals), (*of_grads, *of_primals))
+            along = (*(None,) * 4, *of_grads, *of_primals)
+            function = _gradient_by_reference(call, needed)
+            return tangents_of(function, (*rest, *grads, *primals), along)
         with ops.in_forward_mode():
             _, changes = _second(
                 call, needed, (grads, primals), (of_grads, of_primals), Rest(*rest)
@@ -358,10 +359,12 @@ def by_reference(
     return results
 
 
-def _by_reference(call: Call, rest: Rest) -> Callable[..., tuple[Tensor, ...]]:
-    """The layer as a function of dual primals."""
+def _by_reference(call: Call) -> Callable[..., tuple[Tensor, ...]]:
+    """The layer as a function of the rest and dual primals."""
 
-    def function(*duals: Tensor) -> tuple[Tensor, ...]:
+    def function(*given: Any) -> tuple[Tensor, ...]:
+        rest, duals = Rest(*given[:4]), given[4:]
+
         def layer(*primals: Tensor) -> tuple[Tensor, ...]:
             return tuple(by_reference(call, primals, rest))
 
@@ -370,13 +373,13 @@ def _by_reference(call: Call, rest: Rest) -> Callable[..., tuple[Tensor, ...]]:
     return function
 
 
-def _gradient_by_reference(
-    call: Call, needed: Needed, rest: Rest
-) -> Callable[..., tuple[Tensor, ...]]:
-    """The gradient as a function of dual gradients of results, some of them None, and primals."""
+def _gradient_by_reference(call: Call, needed: Needed) -> Callable[..., tuple[Tensor, ...]]:
+    """The gradient as a function of the rest, dual gradients of results, some None, and primals."""
 
     def function(*given: Any) -> tuple[Tensor, ...]:
-        there = [i for i, grad in enumerate(given[:4]) if grad is not None]
+        first, grads, duals = _split(given, 4, 4)
+        rest = Rest(*first)
+        there = [i for i, grad in enumerate(grads) if grad is not None]
 
         def gradient(*values: Tensor) -> tuple[Tensor, ...]:
             grads, primals = _split(values, len(there))
@@ -388,7 +391,7 @@ def _gradient_by_reference(
             found = vjp(reached, *primals)[1](tuple(grads))
             return tuple(_where(call, needed, found))
 
-        return _dual_of(gradient, [given[i] for i in there] + list(given[4:]))
+        return _dual_of(gradient, [*(grads[i] for i in there), *duals])
 
     return function
 

@@ -133,9 +133,13 @@ def vjp(function: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[...,
 def jvp_of(
     function: Callable[..., Any], primals: Sequence[Any], tangents: Sequence[Tensor | None]
 ) -> tuple[Any, ...]:
-    # Forward mode writes tangents as their primals lie, which then must not lie upon themselves.
-    primals = tuple(t.contiguous() for t in primals)
-    _, found, *_ = torch.func.jvp(function, primals, tuple(or_zeros(tangents, primals)))
+    """The derivative of ``function`` along tangents, as the transpose of what vjp transposes.
+
+    Forward mode does not nest where a compiled graph has begun it.
+    """
+    results, pull = vjp(function, *primals)
+    _, push = vjp(pull, tuple(torch.zeros_like(result) for result in results))
+    (found,) = push(tuple(or_zeros(tangents, primals)))
     return found  # type: ignore[no-any-return]
 
 

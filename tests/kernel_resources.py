@@ -22,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BASELINE = Path(__file__).with_suffix(".json")
-TARGETS = {f"sm_{number}": f"compute_{number}" for number in (80, 90, 100, 120)}
+TARGETS = {"sm_80": "compute_80", "sm_90": "compute_90", "sm_100": "compute_100"}
 UPDATE = "If this is deliberate: python tests/kernel_resources.py --update"
 
 # What types are called in kernel names; c is for coupled, p for peephole, rb for reset before, and
@@ -196,17 +196,17 @@ def table(found: Resources) -> str:
     def cell(kernel: Kernel | None) -> str:
         if kernel is None:
             return "-"
-        shared = f"+{kernel.shared}" if kernel.shared else ""
-        return f"{kernel.registers}{shared}{'!' if kernel.spilled or kernel.stack else ''}"
+        shared = f" +{kernel.shared}" if kernel.shared else ""
+        return f"{kernel.registers}{shared}{' !' if kernel.spilled or kernel.stack else ''}"
 
-    lines = ["registers+bytes of static shared memory; ! spills or has a stack"]
+    lines = ["registers +bytes of static shared memory; ! spills or has a stack"]
     source = None
     for key in sorted({name for kernels in found.values() for name in kernels}):
         if source != (source := key.split("/")[0]):
-            lines.append(f"{source:46}" + "".join(f"{target:>8}" for target in found))
+            lines.append(f"{source:46}" + "".join(f"{target:>11}" for target in found))
         name = key.split("/")[1]
         cells = (cell(kernels.get(key)) for kernels in found.values())
-        lines.append(f"  {name:44}" + "".join(f"{text:>8}" for text in cells))
+        lines.append(f"  {name:44}" + "".join(f"{text:>11}" for text in cells))
     return "\n".join(lines)
 
 

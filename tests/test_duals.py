@@ -74,9 +74,9 @@ def test_second_derivatives_are_the_references(cell: str, variant: str, H: int) 
     grads = autograd._by_result(call, like(autograd.by_reference(call, primals, rest)))
     along = [None if t is None else torch.randn_like(t) for t in grads], like(primals)
     needed = (True, call.states > 0, True)
-    gradient = autograd._gradient_by_reference(call, needed, rest)
+    gradient = autograd._gradient_by_reference(call, needed)
     duals = [autograd._duals(at, d) for at, d in zip((grads, primals), along, strict=True)]
-    changes = [t.imag for t in gradient(*duals[0], *duals[1])]
+    changes = [t.imag for t in gradient(*rest, *duals[0], *duals[1])]
     tangents = differentiable.jvp_of(
         lambda *given: tuple(autograd.by_reference(call, given, rest)), primals, along[1]
     )

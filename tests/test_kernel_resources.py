@@ -146,7 +146,6 @@ def test_a_report_is_read():
         "sm_80": {NAME: Kernel(40, 3072)},
         "sm_90": {NAME: Kernel(255, 0, 48, 12)},
         "sm_100": {},
-        "sm_120": {},
     }
 
 
