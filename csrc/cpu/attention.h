@@ -1,25 +1,32 @@
 // Additive attention on the CPU: score_ij = sum_a w_a tanh(q_ia + k_ja), softmax over j, context.
 //
-// One exponential per row element instead of one tanh per pair. With an anchor c_a in the middle of a
-// tile's queries,
+// One exponential per row element instead of one tanh per pair. With an anchor c_a, the least of a
+// channel's queries in the batch row,
 //
-//   E_q = exp(2(q - c)),  E_k = exp(2(k + c)),  d = 1 + E_q E_k,  tanh(q + k) = 1 - 2/d
+//   u = exp(2(q - c)) - 1,  P = sigmoid(2(k + c)),  T = tanh(k + c),
+//   tanh(q + k) = (u P + T) / (u P + 1),  1 - tanh^2 = (1 + u) 4P(1 - P) / (u P + 1)^2
 //
-// and four channels share a division: w1/d1 + ... + w4/d4 over d1 d2 d3 d4. d is capped where tanh has
-// long been 1, so that nothing overflows; a tile whose queries spread too far around c in some channel
-// for E_q to stay in range takes tanh itself.
+// Small q and k have a small u and T, so that nothing cancels; u is never negative, so that a product
+// with a large P never takes away from 1. Four channels share a division: n1/d1 + ... + n4/d4 over
+// d1 d2 d3 d4, where n and d of the last two are scaled so that no spread of the queries up to `range`
+// makes that product overflow. Four channels whose queries spread farther, or whose weights are huge,
+// take tanh of each pair.
 //
-//   tile = up to 32 queries x all keys. Keys lie transposed in panels of one vector: kt[panel][a][lane].
-//   For every panel E_k is computed once, then groups of queries run over it with their score sums in
-//   registers. Scores of the tile stay in scratch (32 x K), are normalised there, and the context is the
-//   product with the packed values (product.h). Nothing of size Q x K leaves unless asked for.
+//   tile = up to 32 queries x all keys. P and T lie in panels of one vector of keys: kt[panel][a][2][lane].
+//   Groups of queries run over a panel with their score sums in registers. Scores of the tile stay in
+//   scratch (32 x K), are normalised there, and the context is the product with the packed values
+//   (product.h). Nothing of size Q x K leaves unless asked for.
 //
-// Backward recomputes the scores from logsumexp and, per tile and panel, d tanh = 4 E r^2, r = 1/d.
-// Work is (batch row, split): a split owns its queries' gradients and a partial sum of those of keys,
-// values and weight. How many splits depends on the shape alone, so results do not depend on threads.
+// Backward recomputes the scores and, per tile and panel, d tanh. Work is (batch row, split): a split
+// owns its queries' gradients and a partial sum of those of keys, values and weight. How many splits
+// depends on the shape alone, so results do not depend on threads.
 //
 // Fewer than four queries (decoding) share too little for that. There a thread walks the keys and
-// values as they lie in memory, a vector of channels at a time, with tanh = 1 - 2/(1 + exp(2(q + k))).
+// values as they lie in memory, a vector of channels at a time, with tanh of each pair.
+//
+// Nothing that a query may not attend to reaches a result, not even a NaN: keys, values and queries
+// that nobody meets are taken for zeros, and so is every value that is not finite, where a mask or
+// causality may keep it from some queries; those who may attend to it get it added by itself.
 //
 // Included inside the instruction set's namespace.
 
@@ -27,24 +34,40 @@ template <class T>
 struct ScoreConstants;
 template <>
 struct ScoreConstants<float> {
-  static constexpr float cap = 1073741824.0f;  // 2^30: four of them still multiply
-  static constexpr float clamp = 87.0f;        // of the exponent
-  static constexpr float range = 30.0f;        // of |q - c|
+  static constexpr float clamp = 87.0f;  // of exponents
+  static constexpr float range = 16.0f;  // of the queries of a channel
 };
 template <>
 struct ScoreConstants<double> {
-  static constexpr double cap = 1152921504606846976.0;  // 2^60
   static constexpr double clamp = 700.0;
-  static constexpr double range = 30.0;
+  static constexpr double range = 100.0;
 };
 
 constexpr int64_t max_tile_queries = 32;
+constexpr double largest_weight = 1 << 20;  // that leaves room in a product of four divisors
+constexpr int64_t channels_together = 32;   // whose scores are summed before they join the rest
 
 inline bool by_rows(const AttentionShape& p) { return p.Q < 4; }
 
-template <class T, int N>
-HOST_DEVICE Vec<T, N> minimum(Vec<T, N> a, Vec<T, N> b) {
-  return where(b < a, b, a);  // a if either is NaN in b
+// Whether a query may be kept from a key that others attend to.
+inline bool by_pairs(const AttentionShape& p) { return p.mask || p.causal; }
+
+// Whether query i of batch row b may attend to key j.
+inline bool is_allowed(const AttentionShape& p, int64_t b, int64_t i, int64_t j) {
+  if (p.lengths && j >= p.lengths[b]) return false;
+  if (p.causal && j > i) return false;
+  return !p.mask || p.mask[(p.mask_per_query ? b * p.Q + i : b) * p.K + j];
+}
+
+inline int64_t keys_of(const AttentionShape& p, int64_t b) {
+  return p.lengths ? p.lengths[b] : p.K;
+}
+
+// Whether query i of batch row b may attend to any key.
+inline bool attends(const AttentionShape& p, int64_t b, int64_t i) {
+  for (int64_t j = 0; j < keys_of(p, b); ++j)
+    if (is_allowed(p, b, i, j)) return true;
+  return false;
 }
 
 template <class T, int N>
@@ -53,6 +76,49 @@ HOST_DEVICE T horizontal_sum(Vec<T, N> x) {
   for (int i = 0; i < N; ++i) sum += x.v[i];
   return sum;
 }
+
+// A sum of two numbers and what rounding took from it; 0 where that is no number.
+template <class V>
+struct ExactSum {
+  V sum, error;
+  HOST_DEVICE ExactSum(V a, V b) : sum(a + b) {
+    const V of_b = sum - a;
+    const V lost = (a - (sum - of_b)) + (b - of_b);
+    error = where(lost <= lost, lost, V(0));
+  }
+};
+
+// exp(2x) and what tanh x is made of, each to full relative accuracy; x may come with a rounding error.
+template <class V>
+struct Tangent {
+  V exponential, minus_one;  // exp(2x), exp(2x) - 1
+
+  HOST_DEVICE explicit Tangent(V x, V error = V(0)) {
+    using T = typename V::Scalar;
+    constexpr T limit = ScoreConstants<T>::clamp;
+    const Exponential<T, V::size> e(clamp(x + x, -limit, limit));
+    const V power = power_of_two<T, V::size>(e.k);
+    exponential = power * (V(1) + e.expm1);
+    const V more = (error + error) * exponential;
+    minus_one = power * e.expm1 + (power - V(1)) + more;
+    exponential = exponential + more;
+  }
+  HOST_DEVICE V reciprocal() const { return V(1) / (V(1) + exponential); }
+};
+
+// What the exponentials of every batch row are relative to.
+template <class C>
+struct Anchors {
+  int64_t channels;
+  C* at;         // [B][channels]: c_a
+  bool* direct;  // [B][channels/4]: whether those four take tanh of each pair
+
+  void take_memory(Arena& arena, int64_t B) {
+    at = arena.take<C>(B * channels);
+    direct = arena.take<bool>(B * channels / 4);
+  }
+  Anchors of(int64_t b) const { return {channels, at + b * channels, direct + b * channels / 4}; }
+};
 
 // What one thread works with.
 template <class S>
@@ -69,13 +135,12 @@ class AttentionTile {
   const int64_t score_width;           // keys, rounded up to vectors
   const int64_t row_width;             // A, rounded up to vectors
   int64_t b = 0, first = 0, rows = 0;  // the tile: queries first..first+rows of batch row b
-  bool direct = false;                 // whether some channel's queries spread too far
+  Anchors<C> anchors;
 
   C* weight;   // [row_width], zeros beyond A
-  C* anchor;   // [channels]
-  C* queries;  // [channels/4][max_tile_queries][4]: E_q, or q itself if `direct`;
+  C* queries;  // [channels/4][max_tile_queries][4]: u, or q itself where direct;
                // by rows [query][row_width]: q + bias
-  C* ek;       // [channels][lane]: E_k of the panel at hand, or k itself
+  C* scales;   // [channels/4][max_tile_queries]: of the last two channels
   C* scores;   // [max_tile_queries][score_width]
 
   explicit AttentionTile(const AttentionShape& p)
@@ -87,9 +152,8 @@ class AttentionTile {
 
   void take_memory(Arena& arena) {
     weight = arena.take<C>(row_width);
-    anchor = arena.take<C>(channels);
     queries = arena.take<C>(row_width * max_tile_queries);
-    ek = arena.take<C>(row_width * V::size);
+    if (!by_rows(p)) scales = arena.take<C>(channels / 4 * max_tile_queries);
     scores = arena.take<C>(max_tile_queries * score_width);
   }
 
@@ -98,41 +162,43 @@ class AttentionTile {
     for (int64_t a = 0; a < row_width; ++a) weight[a] = a < p.A ? C(widen(from[a])) : C(0);
   }
 
-  C* query_at(int64_t a, int64_t i) const {
-    return queries + (a / 4 * max_tile_queries + i) * 4 + a % 4;
+  int64_t place_of(int64_t a, int64_t i) const {
+    return (a / 4 * max_tile_queries + i) * 4 + a % 4;
   }
 
-  // Takes up the queries first..first+rows of batch row b.
-  void begin(int64_t batch, int64_t first_query, int64_t count) {
+  // Takes up the queries first..first+rows of batch row b, whose anchors are given unless by rows.
+  void begin(int64_t batch, int64_t first_query, int64_t count, const Anchors<C>& given) {
     b = batch;
     first = first_query;
     rows = count;
-    direct = false;
+    anchors = given;
     const S* from = static_cast<const S*>(p.query) + (b * p.Q + first) * p.A;
     if (by_rows(p)) return load_query_rows(from);
-    for (int64_t a = 0; a < p.A; ++a) {
-      C low = C(widen(from[a])), high = low;
-      for (int64_t i = 1; i < rows; ++i) {
-        const C q = C(widen(from[i * p.A + a]));
-        low = q < low ? q : low;
-        high = q > high ? q : high;
-      }
-      anchor[a] = low + (high - low) / 2;
-      direct = direct || !(high - low <= 2 * K::range);  // NaN goes the plain way
-    }
     const int64_t filled = round_up(rows, group);
-    for (int64_t i = 0; i < filled; ++i)
+    for (int64_t i = 0; i < filled; ++i) {
+      const bool there = i < rows && attends(p, b, first + i);
       for (int64_t a = 0; a < channels; ++a) {
-        const bool exists = i < rows && a < p.A;
-        const C q = exists ? C(widen(from[i * p.A + a])) : C(0);
-        *query_at(a, i) = direct || !exists ? q : 2 * (q - anchor[a]);
+        const C otherwise = anchors.direct[a / 4] ? C(0) : anchors.at[a];
+        queries[place_of(a, i)] = there && a < p.A ? C(widen(from[i * p.A + a])) : otherwise;
       }
-    if (direct) return;
+    }
     for (int64_t a = 0; a < channels; a += 4)
-      for (int64_t i = 0; i < filled * 4; i += V::size) {
-        C* at = queries + a * max_tile_queries + i;
-        exp(V::load(at)).store(at);
-      }
+      if (!anchors.direct[a / 4]) load_exponentials(a, filled);
+  }
+
+  // From queries to u and scales, for four channels.
+  void load_exponentials(int64_t a, int64_t filled) {
+    C* q = queries + a * max_tile_queries;
+    C c[V::size];
+    for (int i = 0; i < V::size; ++i) c[i] = -anchors.at[a + i % 4];
+    for (int64_t i = 0; i < filled * 4; i += V::size) {
+      const ExactSum<V> x(V::load(q + i), V::load(c));
+      Tangent<V>(x.sum, x.error).minus_one.store(q + i);
+    }
+    for (int64_t i = 0; i < filled; ++i) {
+      const C* u = q + i * 4;
+      scales[a / 4 * max_tile_queries + i] = 1 / ((1 + u[2]) * (1 + u[3]));
+    }
   }
 
   void load_query_rows(const S* from) {
@@ -145,93 +211,96 @@ class AttentionTile {
       }
   }
 
-  // exp(2(q + k)) at channels a.. of query i, capped; `key` points at the key's channels.
-  HOST_DEVICE V pair_exponential(int64_t i, const S* key, int64_t a) const {
-    const V x = V::load(queries + i * row_width + a) + Memory<V>::load(key + a, p.A - a);
-    return minimum(exp(x + x), V(K::cap));
+  // The pair of query i and a key at channels a..; `key` points at the key's channels.
+  HOST_DEVICE Tangent<V> pair(int64_t i, const S* key, int64_t a) const {
+    return Tangent<V>(V::load(queries + i * row_width + a) + Memory<V>::load(key + a, p.A - a));
   }
 
-  void score_rows(int64_t end, C weight_sum) {
+  void score_rows(int64_t end) {
     const S* key = static_cast<const S*>(p.key) + b * p.K * p.A;
     for (int64_t j = 0; j < end; ++j, key += p.A)
       for (int64_t i = 0; i < rows; ++i) {
         V sum(0);
-        for (int64_t a = 0; a < p.A; a += V::size)
-          sum = sum + V::load(weight + a) / (V(1) + pair_exponential(i, key, a));
-        scores[i * score_width + j] = weight_sum - 2 * horizontal_sum(sum);
+        for (int64_t a = 0; a < p.A; a += V::size) {
+          const Tangent<V> t = pair(i, key, a);
+          sum = sum + V::load(weight + a) * t.minus_one / (V(1) + t.exponential);
+        }
+        scores[i * score_width + j] = horizontal_sum(sum);
       }
-  }
-
-  // E_k of a panel of transposed keys (bias included).
-  void load_panel(const C* kt) {
-    for (int64_t a = 0; a < channels; ++a) {
-      V k = V::load(kt + a * V::size);
-      if (!direct) {
-        k = (k + V(a < p.A ? anchor[a] : C(0))) * V(2);
-        k = where(k < V(-K::clamp), V(-K::clamp), k);
-        k = exp(where(V(K::clamp) < k, V(K::clamp), k));
-      }
-      k.store(ek + a * V::size);
-    }
   }
 
   // Scores of all queries of the tile against one panel of keys, into `scores`.
-  void score_panel(int64_t panel, C weight_sum) {
-    for (int64_t i = 0; i < rows; i += group) {
-      V sum[group];
+  void score_panel(int64_t panel, const C* kt) {
+    for (int64_t i = 0; i < rows; i += group)
+      for (int64_t begin = 0; begin < channels; begin += channels_together) {
+        const int64_t end =
+            channels - begin < channels_together ? channels : begin + channels_together;
+        V sum[group];
 #pragma GCC unroll 16
-      for (int r = 0; r < group; ++r) sum[r] = V(0);
-      for (int64_t a = 0; a < channels; a += 4) {
-        const C* q = query_at(a, i);
-        const C* e = ek + a * V::size;
-        const V e1 = V::load(e), e2 = V::load(e + V::size), e3 = V::load(e + 2 * V::size),
-                e4 = V::load(e + 3 * V::size);
-        const V w1(weight[a]), w2(weight[a + 1]), w3(weight[a + 2]), w4(weight[a + 3]);
-        if (direct) {
-          for (int r = 0; r < group; ++r, q += 4)
-            sum[r] = sum[r] + w1 * tanh(V(q[0]) + e1) + w2 * tanh(V(q[1]) + e2) +
-                     w3 * tanh(V(q[2]) + e3) + w4 * tanh(V(q[3]) + e4);
-          continue;
-        }
-        const V one(1), cap(K::cap);
-#pragma GCC unroll 16
+        for (int r = 0; r < group; ++r) sum[r] = V(0);
+        for (int64_t a = begin; a < end; a += 4)
+          if (anchors.direct[a / 4])
+            add_pairs(a, i, kt + a * 2 * V::size, sum);
+          else
+            add_products(a, i, kt + a * 2 * V::size, sum);
         for (int r = 0; r < group; ++r) {
-          const V d1 = minimum(V(q[4 * r]) * e1 + one, cap);
-          const V d2 = minimum(V(q[4 * r + 1]) * e2 + one, cap);
-          const V d3 = minimum(V(q[4 * r + 2]) * e3 + one, cap);
-          const V d4 = minimum(V(q[4 * r + 3]) * e4 + one, cap);
-          const V d12 = d1 * d2, d34 = d3 * d4;
-          const V n12 = w1 * d2 + w2 * d1, n34 = w3 * d4 + w4 * d3;
-          sum[r] = sum[r] + (n12 * d34 + n34 * d12) / (d12 * d34);
+          C* to = scores + (i + r) * score_width + panel * V::size;
+          (begin == 0 ? sum[r] : V::load(to) + sum[r]).store(to);
         }
       }
-      for (int r = 0; r < group && i + r < rows; ++r) {
-        const V score = direct ? sum[r] : V(weight_sum) - V(2) * sum[r];
-        score.store(scores + (i + r) * score_width + panel * V::size);
+  }
+
+  HOST_DEVICE void add_products(int64_t a, int64_t i, const C* k, V (&sum)[group]) const {
+    const C* u = queries + place_of(a, i);
+    const C* scale = scales + a / 4 * max_tile_queries + i;
+    V P[4], T[4], w[4];
+#pragma GCC unroll 4
+    for (int n = 0; n < 4; ++n) {
+      P[n] = V::load(k + 2 * n * V::size);
+      T[n] = V::load(k + (2 * n + 1) * V::size);
+      w[n] = V(weight[a + n]);
+    }
+    const V one(1);
+#pragma GCC unroll 16
+    for (int r = 0; r < group; ++r) {
+      V d[4], n[4];
+#pragma GCC unroll 4
+      for (int m = 0; m < 4; ++m) {
+        d[m] = V(u[4 * r + m]) * P[m] + one;
+        n[m] = w[m] * (V(u[4 * r + m]) * P[m] + T[m]);
       }
+      const V d12 = d[0] * d[1], d34 = d[2] * d[3] * V(scale[r]);
+      const V n12 = n[0] * d[1] + n[1] * d[0], n34 = (n[2] * d[3] + n[3] * d[2]) * V(scale[r]);
+      sum[r] = sum[r] + (n12 * d34 + n34 * d12) / (d12 * d34);
+    }
+  }
+
+  HOST_DEVICE void add_pairs(int64_t a, int64_t i, const C* k, V (&sum)[group]) const {
+    const C* q = queries + place_of(a, i);
+    for (int r = 0; r < group; ++r, q += 4) {
+      V part[4];
+      for (int n = 0; n < 4; ++n)
+        part[n] = V(weight[a + n]) * tanh(V(q[n]) + V::load(k + 2 * n * V::size));
+      sum[r] = sum[r] + ((part[0] + part[1]) + (part[2] + part[3]));
     }
   }
 
   // How many keys from the first may be attended to by any query of the tile.
   int64_t reachable() const {
-    int64_t end = p.lengths ? p.lengths[b] : p.K;
+    int64_t end = keys_of(p, b);
     if (p.causal && first + rows < end) end = first + rows;
     return end;
   }
 
   // Scores of the whole tile, -inf where not allowed. kt holds this batch row's panels.
   void score(const C* kt) {
-    C weight_sum = 0;
-    for (int64_t a = 0; a < p.A; ++a) weight_sum += weight[a];
     const int64_t end = reachable();
-    if (by_rows(p)) score_rows(end, weight_sum);
-    for (int64_t panel = 0; !by_rows(p) && panel * V::size < end; ++panel) {
-      load_panel(kt + panel * channels * V::size);
-      score_panel(panel, weight_sum);
-    }
+    if (by_rows(p)) score_rows(end);
+    for (int64_t panel = 0; !by_rows(p) && panel * V::size < end; ++panel)
+      score_panel(panel, kt + panel * channels * 2 * V::size);
     for (int64_t i = 0; i < rows; ++i) {
       C* row = scores + i * score_width;
-      if (p.mask || p.causal)
+      if (by_pairs(p))
         for (int64_t j = 0; j < end; ++j) row[j] = allowed(i, j) ? row[j] : -C(INFINITY);
       for (int64_t j = end; j < score_width; ++j) row[j] = -C(INFINITY);
     }
@@ -266,11 +335,7 @@ class AttentionTile {
   }
 
   // Whether query i of the tile may attend to key j.
-  bool allowed(int64_t i, int64_t j) const {
-    if (p.lengths && j >= p.lengths[b]) return false;
-    if (p.causal && j > first + i) return false;
-    return !p.mask || p.mask[(p.mask_per_query ? b * p.Q + first + i : b) * p.K + j];
-  }
+  bool allowed(int64_t i, int64_t j) const { return is_allowed(p, b, first + i, j); }
 
   // Adds the gradient of the scores of query i where a key was allowed.
   void add_allowed_row(int64_t i, const S* from, C* row) const {
@@ -291,28 +356,87 @@ class AttentionTile {
     }
     return horizontal_sum(sum);
   }
+
+  // Multiplies the weights of a row by a factor. Zeros, and the -inf of a row without weights, become
+  // zeros whatever the factor.
+  void scale(C* row, C factor) const {
+    for (int64_t j = 0; j < score_width; j += V::size) {
+      const V e = V::load(row + j);
+      where(e <= V(0), V(0), e * V(factor)).store(row + j);
+    }
+  }
 };
 
-// Keys of all batch rows, bias added, transposed into kt[b][panel][a][lane]; zeros beyond lengths,
-// where anything may stand.
+// The anchors of every batch row, from the queries that attend to anything.
 template <class S>
-void transpose_keys(const AttentionTile<S>& tile, const Host& host, Compute<S>* kt) {
+void find_anchors(const AttentionTile<S>& tile, const Host& host, const Anchors<Compute<S>>& all) {
   using C = Compute<S>;
-  constexpr int lanes = Vector<C>::size;
+  using V = Vector<C>;
+  const AttentionShape& p = tile.p;
+  parallel(host, p.B, true, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      const Anchors<C> anchors = all.of(b);
+      for (int64_t a = 0; a < p.A; a += V::size) {
+        constexpr C infinity = INFINITY;
+        V low(infinity), high(-infinity), odd(0);
+        const S* query = static_cast<const S*>(p.query) + b * p.Q * p.A + a;
+        for (int64_t i = 0; i < p.Q; ++i, query += p.A) {
+          if (!attends(p, b, i)) continue;
+          const V q = Memory<V>::load(query, p.A - a);
+          low = smaller(low, q);
+          high = larger(high, q);
+          odd = odd + q * V(0);  // NaN from the first that is not finite on
+        }
+        for (int64_t n = a; n < a + V::size && n < all.channels; ++n) {
+          const C spread = high.v[n - a] - low.v[n - a] + odd.v[n - a];
+          const C w = tile.weight[n];
+          const bool fits =
+              spread <= ScoreConstants<C>::range && w <= largest_weight && w >= -largest_weight;
+          anchors.at[n] = low.v[n - a] <= high.v[n - a] ? low.v[n - a] : C(0);
+          anchors.direct[n / 4] = (n % 4 && anchors.direct[n / 4]) || (n < p.A && !fits);
+        }
+      }
+    }
+  });
+}
+
+// P and T of the keys of all batch rows, bias added, kt[b][panel][a][2][lane]; where a channel is
+// direct, the key itself in place of P. Keys that nobody meets are zeros, and so, on the way back, is
+// NaN: who may attend to it is told so by the log-sum-exp.
+template <class S>
+void load_keys(const AttentionTile<S>& tile, const Host& host, const Anchors<Compute<S>>& all,
+               bool without_nan, Compute<S>* kt) {
+  using C = Compute<S>;
+  using V = Vector<C>;
+  constexpr int lanes = V::size;
   const AttentionShape& p = tile.p;
   const S* bias = static_cast<const S*>(p.bias);
   parallel(host, p.B * tile.panels, true, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / tile.panels, first = task % tile.panels * lanes;
-      C* to = kt + task * tile.channels * lanes;
-      const int64_t keys = p.lengths ? p.lengths[b] : p.K;
-      for (int lane = 0; lane < lanes; ++lane) {
-        const bool exists = first + lane < keys;
-        const S* from =
-            static_cast<const S*>(p.key) + (b * p.K + (exists ? first + lane : 0)) * p.A;
-        for (int64_t a = 0; a < tile.channels; ++a)
-          to[a * lanes + lane] =
-              exists && a < p.A ? C(widen(from[a])) + (bias ? C(widen(bias[a])) : C(0)) : C(0);
+      const Anchors<C> anchors = all.of(b);
+      C* to = kt + task * tile.channels * 2 * lanes;
+      const int64_t left = keys_of(p, b) - first;
+      const S* from = static_cast<const S*>(p.key) + (b * p.K + first) * p.A;
+      for (int64_t a = 0; a < tile.channels; a += lanes) {
+        V key[lanes];
+        for (int lane = 0; lane < lanes; ++lane) {
+          key[lane] = lane < left ? Memory<V>::load(from + lane * p.A + a, p.A - a) : V(0);
+          if (without_nan) key[lane] = where(key[lane] <= key[lane], key[lane], V(0));
+        }
+        transpose(key);
+        for (int n = 0; n < lanes && a + n < tile.channels; ++n, to += 2 * lanes) {
+          const ExactSum<V> k(key[n], V(bias && a + n < p.A ? C(widen(bias[a + n])) : C(0)));
+          if (anchors.direct[(a + n) / 4]) {
+            k.sum.store(to);
+            continue;
+          }
+          const ExactSum<V> x(k.sum, V(anchors.at[a + n]));
+          const Tangent<V> t(x.sum, k.error + x.error);
+          const V d = V(1) + t.exponential;
+          (t.exponential / d).store(to);
+          (t.minus_one / d).store(to + lanes);
+        }
       }
     }
   });
@@ -331,13 +455,70 @@ inline int64_t slots_for(const Host& host, int64_t tasks) {
   return tasks < host.threads ? tasks : host.threads;
 }
 
-template <class S, class Params, class PanelsOfValues>
-void pack_values(const Params& p, const Host& host, const PanelsOfValues& panels) {
+// The values as products take them: where a query may be kept from a value that others attend to, one
+// that is not finite is left out, and added to whom it belongs.
+template <class S>
+class FiniteValues {
+  using C = Compute<S>;
+  using V = Vector<C>;
+
+ public:
+  explicit FiniteValues(const AttentionShape& p) : p(p) {}
+
+  void take_memory(Arena& arena) {
+    if (!by_pairs(p) || by_rows(p)) return;
+    odd = arena.take<bool>(p.B);
+    finite = arena.take<S>(p.B * p.K * p.D);
+  }
+
+  void find(const Host& host) {
+    if (!odd) return;
+    parallel(host, p.B, true, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) {
+        const int64_t count = keys_of(p, b) * p.D;
+        const S* from = given(b);
+        V sum(0);
+        for (int64_t n = 0; n < count; n += V::size)
+          sum = sum + Memory<V>::load(from + n, count - n) * V(0);
+        odd[b] = !(horizontal_sum(sum) == 0);
+        S* to = finite + b * p.K * p.D;
+        for (int64_t n = 0; odd[b] && n < count; ++n)
+          to[n] = is_finite(from[n]) ? from[n] : Narrow<S>::from(C(0));
+      }
+    });
+  }
+
+  const S* of(int64_t b) const { return odd && odd[b] ? finite + b * p.K * p.D : given(b); }
+
+  // Calls add(i, j, d, value) for what was left out before key `end`, and every query of the tile that
+  // may attend to it.
+  template <class F>
+  void for_each_left_out(const AttentionTile<S>& t, int64_t end, const F& add) const {
+    if (!odd || !odd[t.b]) return;
+    const S* value = given(t.b);
+    for (int64_t j = 0; j < end; ++j)
+      for (int64_t d = 0; d < p.D; ++d, ++value)
+        for (int64_t i = 0; i < t.rows && !is_finite(*value); ++i)
+          if (t.allowed(i, j)) add(i, j, d, C(widen(*value)));
+  }
+
+ private:
+  static bool is_finite(S x) { return C(widen(x)) * 0 == 0; }
+  const S* given(int64_t b) const { return static_cast<const S*>(p.value) + b * p.K * p.D; }
+
+  const AttentionShape& p;
+  bool* odd = nullptr;  // [B]: whether something was left out
+  S* finite = nullptr;  // [B][K][D], where it was
+};
+
+template <class S, class PanelsOfValues>
+void pack_values(const AttentionShape& p, const Host& host, const FiniteValues<S>& values,
+                 const PanelsOfValues& panels) {
   const bool worthwhile = p.B * p.K * p.D >= 1 << 16;  // less is packed before a thread has woken
   parallel(host, p.B * panels.count, worthwhile, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / panels.count;
-      panels.pack(b, task % panels.count, static_cast<const S*>(p.value) + b * p.K * p.D);
+      panels.pack(b, task % panels.count, values.of(b));
     }
   });
 }
@@ -354,33 +535,44 @@ class AttentionForward {
         host(host),
         tiles((p.Q + max_tile_queries - 1) / max_tile_queries),
         slots(slots_for(host, p.B * tiles)),
+        finite(p),
         values({p.D, p.K, 0, 1, p.D}, !by_rows(p)),
         tile(slots, AttentionTile<S>(p)) {
     take_all(host, *this);
   }
 
   void take_memory(Arena& arena) {
-    if (!by_rows(p)) kt = arena.take<C>(p.B * tile[0].panels * tile[0].channels * V::size);
+    if (!by_rows(p)) {
+      anchors.channels = tile[0].channels;
+      anchors.take_memory(arena, p.B);
+      kt = arena.take<C>(p.B * tile[0].panels * tile[0].channels * 2 * V::size);
+    }
+    finite.take_memory(arena);
     values.take_memory(arena, p.B);
     sums = arena.take<C>(slots * round_up(p.D, V::size));
     for (auto& t : tile) t.take_memory(arena);
   }
 
   void run() {
-    if (!by_rows(p)) transpose_keys(tile[0], host, kt);
-    pack_values<S>(p, host, values);
     for (auto& t : tile) t.load_weight();
+    if (!by_rows(p)) {
+      find_anchors(tile[0], host, anchors);
+      load_keys(tile[0], host, anchors, false, kt);
+    }
+    finite.find(host);
+    pack_values(p, host, finite, values);
     for_each_task(host, p.B * tiles, slots, [&](int64_t task, int64_t slot) {
-      const int64_t first = task % tiles * max_tile_queries;
+      const int64_t b = task / tiles, first = task % tiles * max_tile_queries;
       const int64_t left = p.Q - first;
-      tile[slot].begin(task / tiles, first, left < max_tile_queries ? left : max_tile_queries);
+      tile[slot].begin(b, first, left < max_tile_queries ? left : max_tile_queries,
+                       by_rows(p) ? anchors : anchors.of(b));
       attend(tile[slot], sums + slot * round_up(p.D, V::size));
     });
   }
 
  private:
   void attend(AttentionTile<S>& t, C* sum_of_values) {
-    t.score(kt + t.b * t.panels * t.channels * V::size);
+    t.score(kt + t.b * t.panels * t.channels * 2 * V::size);
     const int64_t row0 = t.b * p.Q + t.first;
     for (int64_t i = 0; i < t.rows; ++i) {
       C* row = t.scores + i * t.score_width;
@@ -389,29 +581,31 @@ class AttentionForward {
       const bool any = top > -C(INFINITY) || top != top;
       const C sum = any ? t.exponentiate(row, top) : C(1);
       static_cast<C*>(p.logsumexp)[row0 + i] = any ? top + std::log(sum) : -C(INFINITY);
-      const V scale(any ? 1 / sum : C(0));
-      for (int64_t j = 0; j < t.score_width; j += V::size)
-        (any ? V::load(row + j) * scale : V(0)).store(row + j);
+      t.scale(row, 1 / sum);
       if (p.weights) t.store_row(row, static_cast<S*>(p.weights) + (row0 + i) * p.K);
       if (p.dropout_p > 0)
         for (int64_t j = 0; j < p.K; ++j) row[j] = row[j] * t.keep(i, j);
     }
     S* context = static_cast<S*>(p.context) + row0 * p.D;
     if (by_rows(p))
-      for (int64_t i = 0; i < t.rows; ++i)
-        sum_values(t, t.scores + i * t.score_width, sum_of_values, context + i * p.D);
+      for (int64_t i = 0; i < t.rows; ++i) sum_values(t, i, sum_of_values, context + i * p.D);
     values.multiply_units(t.b, Share(values.count, 0, 1), false, {t.scores, t.score_width, t.rows},
                           t.reachable(), [&](int64_t r, int64_t d, int64_t n, V product) {
                             Memory<V>::store(product, context + r * p.D + d, n);
                           });
+    finite.for_each_left_out(t, t.reachable(), [&](int64_t i, int64_t j, int64_t d, C value) {
+      S& to = context[i * p.D + d];
+      to = Narrow<S>::from(C(widen(to)) + t.scores[i * t.score_width + j] * value);
+    });
   }
 
-  // context = sum_j weights[j] value_j, the values read once and in order.
-  void sum_values(const AttentionTile<S>& t, const C* weights, C* sum, S* context) {
+  // The context of query i = sum_j weights[j] value_j, the values read once and in order.
+  void sum_values(const AttentionTile<S>& t, int64_t i, C* sum, S* context) {
     const S* value = static_cast<const S*>(p.value) + t.b * p.K * p.D;
+    const C* weights = t.scores + i * t.score_width;
     memset(sum, 0, round_up(p.D, V::size) * sizeof(C));
     for (int64_t j = 0; j < t.reachable(); ++j, value += p.D)
-      for (int64_t d = 0; d < p.D; d += V::size)
+      for (int64_t d = 0; d < p.D && t.allowed(i, j); d += V::size)
         (V::load(sum + d) + V(weights[j]) * Memory<V>::load(value + d, p.D - d)).store(sum + d);
     for (int64_t d = 0; d < p.D; d += V::size)
       Memory<V>::store(V::load(sum + d), context + d, p.D - d);
@@ -420,10 +614,12 @@ class AttentionForward {
   const AttentionForwardParams& p;
   const Host& host;
   const int64_t tiles, slots;
+  FiniteValues<S> finite;
   Values values;
   std::vector<AttentionTile<S>> tile;  // one per slot
-  C* kt = nullptr;                     // transposed keys; null by rows
-  C* sums = nullptr;                   // [slot][D, rounded up]
+  Anchors<C> anchors = {};
+  C* kt = nullptr;    // keys, as load_keys leaves them; null by rows
+  C* sums = nullptr;  // [slot][D, rounded up]
 };
 
 // How many parts the queries of a batch row are split into on the way back.
@@ -447,7 +643,7 @@ class AttentionBackward {
     C* grad_context;  // [max_tile_queries][D]
     C* d_queries;     // [max_tile_queries][row_width]
     C* d_query_sums;  // [max_tile_queries][lane]
-    C* eks;           // [keys_together][channels][lane]
+    C* d_weight;      // [row_width], by rows
 
     explicit Slot(const AttentionShape& p) : tile(p) {}
     void take_memory(Arena& arena) {
@@ -457,7 +653,7 @@ class AttentionBackward {
       grad_context = arena.take<C>(max_tile_queries * tile.p.D);
       d_queries = arena.take<C>(max_tile_queries * tile.row_width);
       d_query_sums = arena.take<C>(max_tile_queries * V::size);
-      eks = arena.take<C>(keys_together * tile.channels * V::size);
+      d_weight = arena.take<C>(tile.row_width);
     }
   };
 
@@ -467,6 +663,7 @@ class AttentionBackward {
         host(host),
         splits(backward_splits(p)),
         slots(slots_for(host, p.B * splits)),
+        finite(p),
         transposed({p.K, p.D, 0, p.D, 1}, !by_rows(p)),
         slot(slots, Slot(p)),
         panels(slot[0].tile.panels),
@@ -477,20 +674,27 @@ class AttentionBackward {
 
   void take_memory(Arena& arena) {
     if (!by_rows(p)) {
-      kt = arena.take<C>(p.B * panels * channels * V::size);
+      anchors.channels = channels;
+      anchors.take_memory(arena, p.B);
+      kt = arena.take<C>(p.B * panels * channels * 2 * V::size);
       transposed.take_memory(arena, p.B);
       d_kt = arena.take<C>(p.B * splits * panels * channels * V::size);
       d_values = arena.take<C>(p.B * splits * p.K * d_width);
     }
+    finite.take_memory(arena);
     d_weights = arena.take<C>(p.B * splits * channels * V::size);
     d_biases = arena.take<C>(p.B * splits * channels);
     for (auto& s : slot) s.take_memory(arena);
   }
 
   void run() {
-    if (!by_rows(p)) transpose_keys(slot[0].tile, host, kt);
-    pack_values<S>(p, host, transposed);
     for (auto& s : slot) s.tile.load_weight();
+    if (!by_rows(p)) {
+      find_anchors(slot[0].tile, host, anchors);
+      load_keys(slot[0].tile, host, anchors, true, kt);
+    }
+    finite.find(host);
+    pack_values(p, host, finite, transposed);
     for_each_task(host, p.B * splits, slots,
                   [&](int64_t task, int64_t at) { run_split(task, slot[at]); });
     if (!by_rows(p))
@@ -517,7 +721,8 @@ class AttentionBackward {
     const int64_t tiles = (p.Q + max_tile_queries - 1) / max_tile_queries;
     for (int64_t i = tiles * split / splits; i < tiles * (split + 1) / splits; ++i) {
       const int64_t first = i * max_tile_queries, left = p.Q - first;
-      s.tile.begin(b, first, left < max_tile_queries ? left : max_tile_queries);
+      s.tile.begin(b, first, left < max_tile_queries ? left : max_tile_queries,
+                   by_rows(p) ? anchors : anchors.of(b));
       recompute_weights(s);
       differentiate_softmax(s, task);
       if (by_rows(p))
@@ -531,15 +736,13 @@ class AttentionBackward {
   // tile.scores becomes the weights, s.kept the weights after dropout.
   void recompute_weights(Slot& s) {
     AttentionTile<S>& t = s.tile;
-    t.score(kt + t.b * panels * channels * V::size);
+    t.score(kt + t.b * panels * channels * 2 * V::size);
     for (int64_t i = 0; i < t.rows; ++i) {
       C* row = t.scores + i * t.score_width;
       C* kept = s.kept + i * t.score_width;
       const C shift = static_cast<const C*>(p.logsumexp)[t.b * p.Q + t.first + i];
-      if (shift == -C(INFINITY))
-        memset(row, 0, t.score_width * sizeof(C));
-      else
-        t.exponentiate(row, shift);
+      // The log-sum-exp of large scores was rounded to as many digits as they have.
+      t.scale(row, shift == -C(INFINITY) ? C(0) : 1 / t.exponentiate(row, shift));
       memcpy(kept, row, t.score_width * sizeof(C));
       if (p.dropout_p > 0)
         for (int64_t j = 0; j < p.K; ++j) kept[j] = row[j] * t.keep(i, j);
@@ -562,6 +765,9 @@ class AttentionBackward {
                                 [&](int64_t r, int64_t j, int64_t, V product) {
                                   product.store(s.d_scores + r * width + j);
                                 });
+      finite.for_each_left_out(t, end, [&](int64_t i, int64_t j, int64_t d, C value) {
+        s.d_scores[i * width + j] += s.grad_context[i * p.D + d] * value;
+      });
       if (!by_rows(p)) add_d_values(s, d_values_of(task), end);
     }
     for (int64_t i = 0; i < t.rows; ++i) {
@@ -576,8 +782,10 @@ class AttentionBackward {
       for (int64_t j = 0; j < width; j += V::size)
         dot = dot + V::load(weights + j) * V::load(d_row + j);
       const V mean(horizontal_sum(dot));
-      for (int64_t j = 0; j < width; j += V::size)
-        (V::load(weights + j) * (V::load(d_row + j) - mean)).store(d_row + j);
+      for (int64_t j = 0; j < width; j += V::size) {
+        const V weight = V::load(weights + j);
+        where(weight <= V(0), V(0), weight * (V::load(d_row + j) - mean)).store(d_row + j);
+      }
       if (p.grad_scores) t.add_allowed_row(i, static_cast<const S*>(p.grad_scores), d_row);
     }
   }
@@ -601,29 +809,29 @@ class AttentionBackward {
   void differentiate_scores(Slot& s, int64_t task) {
     AttentionTile<S>& t = s.tile;
     const int64_t used = (t.reachable() + V::size - 1) / V::size;
-    const C* keys = kt + t.b * panels * channels * V::size;
+    const C* keys = kt + t.b * panels * channels * 2 * V::size;
     memset(s.d_queries, 0, t.rows * t.row_width * sizeof(C));
     for (int64_t begin = 0; begin < used; begin += keys_together) {
-      const int64_t count = used - begin < keys_together ? used - begin : keys_together;
-      for (int64_t n = 0; n < count; ++n) {
-        t.load_panel(keys + (begin + n) * channels * V::size);
-        memcpy(s.eks + n * channels * V::size, t.ek, channels * V::size * sizeof(C));
-      }
+      const int64_t end = used - begin < keys_together ? used : begin + keys_together;
       for (int64_t a = 0; a < p.A; ++a) {
+        const bool direct = t.anchors.direct[a / 4];
         memset(s.d_query_sums, 0, t.rows * V::size * sizeof(C));
         C* d_weight_at = d_weights_of(task) + a * V::size;
         V d_weight = V::load(d_weight_at);
-        for (int64_t n = 0; n < count; ++n) {
-          const V e = V::load(s.eks + (n * channels + a) * V::size);
-          C* d_key = d_kt_of(task) + ((begin + n) * channels + a) * V::size;
-          const C* d_scores = s.d_scores + (begin + n) * V::size;
-          const V d = t.direct ? direct_channel(s, a, e, d_scores, d_weight)
-                               : product_channel(s, a, e, d_scores, d_weight);
+        for (int64_t n = begin; n < end; ++n) {
+          const C* key = keys + (n * channels + a) * 2 * V::size;
+          C* d_key = d_kt_of(task) + (n * channels + a) * V::size;
+          const C* d_scores = s.d_scores + n * V::size;
+          const V d = direct ? direct_channel(s, a, key, d_scores, d_weight)
+                             : product_channel(s, a, key, d_scores, d_weight);
           (V::load(d_key) + d).store(d_key);
         }
         d_weight.store(d_weight_at);
-        for (int64_t i = 0; i < t.rows; ++i)
-          s.d_queries[i * t.row_width + a] += horizontal_sum(V::load(s.d_query_sums + i * V::size));
+        for (int64_t i = 0; i < t.rows; ++i) {
+          const C sum = horizontal_sum(V::load(s.d_query_sums + i * V::size));
+          s.d_queries[i * t.row_width + a] +=
+              direct ? sum : sum * (1 + t.queries[t.place_of(a, i)]);
+        }
       }
     }
   }
@@ -647,7 +855,7 @@ class AttentionBackward {
     for (int64_t j = 0; j < end; ++j, value += p.D)
       for (int64_t i = 0; i < t.rows; ++i) {
         V sum(0);
-        for (int64_t d = 0; d < p.D; d += V::size)
+        for (int64_t d = 0; d < p.D && t.allowed(i, j); d += V::size)
           sum = sum + Memory<V>::load(s.grad_context + i * p.D + d, p.D - d) *
                           Memory<V>::load(value + d, p.D - d);
         s.d_scores[i * t.score_width + j] = horizontal_sum(sum);
@@ -661,7 +869,7 @@ class AttentionBackward {
     const S* key = static_cast<const S*>(p.key) + t.b * p.K * p.A;
     S* d_key = static_cast<S*>(p.d_key) + t.b * p.K * p.A;
     S* d_value = static_cast<S*>(p.d_value) + t.b * p.K * p.D;
-    C* d_weight = t.ek;  // [row_width], free by rows
+    C* d_weight = s.d_weight;
     memset(d_weight, 0, t.row_width * sizeof(C));
     memset(s.d_queries, 0, t.rows * t.row_width * sizeof(C));
     const int64_t end = t.reachable();
@@ -676,12 +884,13 @@ class AttentionBackward {
       for (int64_t a = 0; a < p.A; a += V::size) {
         V sum(0);
         for (int64_t i = 0; i < t.rows && j < end; ++i) {
-          const V exponential = t.pair_exponential(i, key, a);
-          const V r = V(1) / (V(1) + exponential);
-          const V d_score(s.d_scores[i * t.score_width + j]);
-          const V scaled = d_score * r;
-          (V::load(d_weight + a) + (d_score - (scaled + scaled))).store(d_weight + a);
-          const V d = V(4) * (exponential * r) * scaled;
+          const C d_score = s.d_scores[i * t.score_width + j];
+          if (d_score == 0) continue;  // of a pair that is not allowed anything may come
+          const Tangent<V> pair = t.pair(i, key, a);
+          const V r = pair.reciprocal();
+          const V scaled = V(d_score) * r;
+          (V::load(d_weight + a) + scaled * pair.minus_one).store(d_weight + a);
+          const V d = V(4) * (pair.exponential * r) * scaled;
           sum = sum + d;
           C* d_query = s.d_queries + i * t.row_width + a;
           (V::load(d_query) + d).store(d_query);
@@ -692,34 +901,38 @@ class AttentionBackward {
     for (int64_t a = 0; a < p.A; ++a) d_weights_of(task)[a * V::size] = d_weight[a];
   }
 
-  // One channel against one panel: adds dS (1 - t^2) to the sums of the queries, dS t to d_weight, and
-  // returns the sum over queries of dS (1 - t^2) for the keys.
-  V product_channel(Slot& s, int64_t a, V e, const C* d_scores, V& d_weight) {
+  // One channel against one panel of keys: adds dS (1 - t^2) / (1 + u) to the sums of the queries, dS t
+  // to d_weight, and returns the sum over queries of dS (1 - t^2).
+  V product_channel(Slot& s, int64_t a, const C* key, const C* d_scores, V& d_weight) {
     const AttentionTile<S>& t = s.tile;
-    const V one(1), cap(ScoreConstants<C>::cap);
-    V d_key(0);
+    const V P = V::load(key), T = V::load(key + V::size), one(1);
+    const V slope = (P + P) * (one - T);  // 4P(1 - P)
+    V sum(0);
     for (int64_t i = 0; i < t.rows; ++i) {
-      const V exponential = minimum(V(*t.query_at(a, i)) * e, cap);
-      const V r = one / (one + exponential);
-      const V d_score = V::load(d_scores + i * t.score_width);
-      const V scaled = d_score * r;
-      // tanh = 1 - 2r and its derivative 4 E r^2, which is small to full relative accuracy.
-      d_weight = d_weight + (d_score - (scaled + scaled));
-      const V d = V(4) * (exponential * r) * scaled;
-      d_key = d_key + d;
-      (V::load(s.d_query_sums + i * V::size) + d).store(s.d_query_sums + i * V::size);
+      const V u(t.queries[t.place_of(a, i)]);
+      const V r = one / (u * P + one);
+      const V scaled = V::load(d_scores + i * t.score_width) * r;
+      d_weight = d_weight + scaled * (u * P + T);
+      const V d = scaled * r;
+      sum = sum + (d + u * d);
+      C* d_query = s.d_query_sums + i * V::size;
+      (V::load(d_query) + d * slope).store(d_query);
     }
-    return d_key;
+    return sum * slope;
   }
 
-  V direct_channel(Slot& s, int64_t a, V k, const C* d_scores, V& d_weight) {
+  // The same of tanh itself, with dS (1 - t^2) for the queries.
+  V direct_channel(Slot& s, int64_t a, const C* key, const C* d_scores, V& d_weight) {
     const AttentionTile<S>& t = s.tile;
+    const V k = V::load(key);
     V d_key(0);
     for (int64_t i = 0; i < t.rows; ++i) {
-      const V tangent = tanh(V(*t.query_at(a, i)) + k);
       const V d_score = V::load(d_scores + i * t.score_width);
-      d_weight = d_weight + d_score * tangent;
-      const V d = d_score * (V(1) - tangent * tangent);
+      const V tangent = tanh(V(t.queries[t.place_of(a, i)]) + k);
+      // A pair that is not allowed may be of infinities.
+      const V safe = where((d_score <= V(0)) & (V(0) <= d_score), V(0), tangent);
+      d_weight = d_weight + d_score * safe;
+      const V d = d_score * (V(1) - safe * safe);
       d_key = d_key + d;
       (V::load(s.d_query_sums + i * V::size) + d).store(s.d_query_sums + i * V::size);
     }
@@ -761,10 +974,12 @@ class AttentionBackward {
   const AttentionBackwardParams& p;
   const Host& host;
   const int64_t splits, slots;
+  FiniteValues<S> finite;
   Transposed transposed;
   std::vector<Slot> slot;
   const int64_t panels, channels, d_width;
-  C* kt = nullptr;
+  Anchors<C> anchors = {};
+  C* kt = nullptr;         // keys, as load_keys leaves them; null by rows
   C* d_kt = nullptr;       // [b][split][panel][a][lane], without the factor w_a
   C* d_values = nullptr;   // [b][split][K][d_width]
   C* d_weights = nullptr;  // [b][split][a][lane]
