@@ -6,16 +6,16 @@
 What makes this slow is one tanh per (i, j, a): the hardware has an eighth as many units for it as
 for fused multiply-add. Exponentials factor, so that one per *row element* will do:
 
-    E_ia = exp(2 (query_ia - c_a)),  F_ja = exp(2 (key_ja + bias_a + c_a)),  d = 1 + E F
-    tanh(query + key + bias) = 1 - 2 / d
-    w1 / d1 + w2 / d2 = (w1 d2 + w2 d1) / (d1 d2)        one reciprocal serves two channels
+    u_ia = exp(2 (query_ia - c_a)) - 1,  P_ja = sigmoid(2 x),  T_ja = tanh(x),  x = key_ja + bias_a + c_a
+    d = 1 + u P,  n = T + u P,  tanh(query + key + bias) = n / d
+    w1 n1 / d1 + w2 n2 / d2 = (w1 n1 d2 + w2 n2 d1) / (d1 d2)        one reciprocal for two channels
 
-The anchor c_a is the middle of channel a over the query rows of a tile, so that E stays small. How
-far the rows of a tile lie apart, in the channel where they do most, decides its mode:
+The anchor c_a is the least of channel a over the queries of a batch row. So u is never negative and d
+never small; and small queries and keys have small u and T, from which nothing cancels. How far the
+queries of a batch row lie apart decides the mode of every 64 channels:
 
-    NARROW  up to 12    E <= 2^18, F clamped to 2^45: d1 d2 cannot overflow
-    CAPPED  up to 60    E <= 2^87, F clamped to 2^126, d capped at 2^30, where tanh is 1 already
-    WIDE    beyond      one exponential per (i, j, a), of the sum itself
+    PRODUCT  up to 18   d <= 2^52: d1 d2 cannot overflow, nor can it times a weight up to 2^20
+    WIDE     beyond     one exponential per (i, j, a), of the sum itself
 
 Tiles of the forward kernel, and of the kernel that recomputes scores for backward:
 
@@ -28,8 +28,8 @@ Tiles of the forward kernel, and of the kernel that recomputes scores for backwa
 
     registers   sums over channels (BM x BN); context (BM x BD), running maximum and sum per row
     shared      what tl.dot takes; the change of layout from sums to weights, once per key tile
-    global      E, c and modes per query tile, from prepare_kernel, and keys as (B, A, Tk) in
-                float32, so that lanes read neighbours: two workspaces of the size of the inputs
+    global      c and modes, from anchors_kernel, and from prepare_kernel u, P and T in float32, by
+                channel, so that lanes read neighbours: workspaces of the size of the inputs
 
 Few queries have no tile to share exponentials in: few_queries_kernel reads keys as they lie, and
 is bound by memory. Where that leaves the device idle, and where tiles are few, the keys are split
@@ -38,9 +38,12 @@ between programs and combine_kernel merges what they found.
 Backward recomputes the scores once and keeps d_scores, float32, and the dropped-out weights, both
 (B, Tq, Tk). The value gradient is a matrix product. The gradients of query and key come from one
 kernel in two roles: a program owns (rows, channels) in registers and walks over the other side, so
-that sums over it never cross threads:
+that sums over it never cross threads, with u, P and T by row:
 
-    d_left_ia = 4 weight_a sum_j d_score_ij E F r^2,  r = 1 / d         (1 - tanh^2 = 4 E F / d^2)
+    1 - tanh^2 = (1 + u) 4P(1 - P) / d^2        of the two factors above, one is the owner's own
+
+What a query may not attend to is never multiplied with anything of it, so that NaN and infinity stay
+where they are; on the way back, NaN is already in the log-sum-exp of who attends to it.
 
 Nothing is summed by atomics: results are the same from run to run.
 """
@@ -62,6 +65,7 @@ except ImportError:  # The module can be imported, and says what is missing when
 INTERPRETING = triton is not None and triton.knobs.runtime.interpret
 
 LANES = 32
+BLOCK = 64  # channels of one mode; a multiple of every TA * LANES
 KEY_ALIGNMENT = 128  # a multiple of every BN
 FEW_QUERIES = 4
 
@@ -124,16 +128,6 @@ def _reciprocal(x, FAST: tl.constexpr):
 
 
 @_jit
-def _exp2(x, FAST: tl.constexpr):
-    # Arguments are never below -126, so that flushing subnormals changes nothing.
-    if FAST:
-        return tl.inline_asm_elementwise(
-            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
-    return tl.exp2(x)
-
-
-@_jit
 def _clamp(x, low, high):
     # A NaN among the inputs has to reach the output.
     x = tl.maximum(x, low, propagate_nan=tl.PropagateNan.ALL)
@@ -164,63 +158,115 @@ def _int64(x):
 
 
 @_jit
-def _mode_of(spread):
-    # A spread of NaN is WIDE too.
-    return tl.where(spread <= 12.0, 0, tl.where(spread <= 60.0, 1, 2))
+def _sum_and_error(x, y):
+    """The sum, and what rounding took from it; 0 where that is no number."""
+    total = x + y
+    of_y = total - x
+    lost = (x - (total - of_y)) + (y - of_y)
+    return total, tl.where(lost == lost, lost, 0.0)
 
 
 @_jit
-def _divisor(left, key, anchor, MODE: tl.constexpr, FAST: tl.constexpr):
-    """1 + exp(2 (query + key)), with no factor so large that a product of two overflows."""
-    if MODE == 2:
-        return 1.0 + _exp2(_clamp((left + key) * 2.885390081777927, -126.0, 30.0), FAST)
-    if MODE == 1:
-        right = _exp2(_clamp((key + anchor) * 2.885390081777927, -126.0, 126.0), FAST)
-        capped = tl.fma(left, right, 1.0)
-        return tl.minimum(capped, 1073741824.0, propagate_nan=tl.PropagateNan.ALL)
-    right = _exp2(_clamp((key + anchor) * 2.885390081777927, -126.0, 45.0), FAST)
-    return tl.fma(left, right, 1.0)
+def _exponential(x):
+    """e^x, and e^x - 1 to full relative accuracy, for x within -87..87; NaN passes through."""
+    whole = tl.floor(x * 1.4426950408889634 + 0.5)
+    rest = tl.fma(whole, 2.12194440e-4, tl.fma(whole, -0.693359375, x))
+    power = tl.where(whole == whole, whole, 0.0).to(tl.int32)
+    power = ((power + 127) << 23).to(tl.float32, bitcast=True)
+    sums = tl.fma(rest, 1.0 / 5040.0, 1.0 / 720.0)
+    sums = tl.fma(rest, sums, 1.0 / 120.0)
+    sums = tl.fma(rest, sums, 1.0 / 24.0)
+    sums = tl.fma(rest, sums, 1.0 / 6.0)
+    sums = tl.fma(rest, sums, 0.5)
+    sums = tl.fma(rest * rest, sums, rest)
+    return tl.fma(power, sums, power), tl.fma(power, sums, power - 1.0)
 
 
 @_jit
-def _sum_channels(
-    left, anchors, keys, weight, key_stride, A2,
-    MODE: tl.constexpr, BM: tl.constexpr, TQ: tl.constexpr, TN: tl.constexpr, FAST: tl.constexpr,
+def _doubled(x, error):
+    """e^2x and e^2x - 1 of x and its rounding error."""
+    exponential, minus_one = _exponential(_clamp(x + x, -87.0, 87.0))
+    more = (error + error) * exponential
+    return exponential + more, minus_one + more
+
+
+@_jit
+def _add_pair(n1, d1, n2, d2, total, FAST: tl.constexpr):
+    """total + n1 / d1 + n2 / d2."""
+    return tl.fma(tl.fma(n2, d1, n1 * d2), _reciprocal(d1 * d2, FAST), total)
+
+
+@_jit
+def _sum_products(
+    total, left, keys, tangents, weight, left_stride, key_stride, count,
+    BM: tl.constexpr, TQ: tl.constexpr, TN: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """sum_a weight_a / d_ija for one tile, as (TM, TN, TQ, 32)."""
+    """total + sum_a weight_a tanh_ija over some channels of one tile, as (TM, TN, TQ, 32)."""
     TM: tl.constexpr = BM // TQ
     rows = tl.arange(0, TM)[:, None, None, None] * TQ + tl.arange(0, TQ)[None, None, :, None]
     cols = tl.arange(0, TN)[None, :, None, None] * 32 + tl.arange(0, 32)[None, None, None, :]
-    total = tl.zeros((TM, TN, TQ, 32), tl.float32)
-    for a in range(0, A2, 2):
+    for a in range(0, count, 2):
         w1 = tl.load(weight + a)
         w2 = tl.load(weight + a + 1)
-        c1 = tl.load(anchors + a)
-        c2 = tl.load(anchors + a + 1)
-        d1 = _divisor(tl.load(left + rows), tl.load(keys + cols), c1, MODE, FAST)
-        left += BM
+        u1 = tl.load(left + rows)
+        p1 = tl.load(keys + cols)
+        d1 = tl.fma(u1, p1, 1.0)
+        n1 = tl.fma(u1, w1 * p1, w1 * tl.load(tangents + cols))
+        left += left_stride
         keys += key_stride
-        d2 = _divisor(tl.load(left + rows), tl.load(keys + cols), c2, MODE, FAST)
-        left += BM
+        tangents += key_stride
+        u2 = tl.load(left + rows)
+        p2 = tl.load(keys + cols)
+        d2 = tl.fma(u2, p2, 1.0)
+        n2 = tl.fma(u2, w2 * p2, w2 * tl.load(tangents + cols))
+        left += left_stride
         keys += key_stride
-        total = tl.fma(tl.fma(w2, d1, w1 * d2), _reciprocal(d1 * d2, FAST), total)
+        tangents += key_stride
+        total = _add_pair(n1, d1, n2, d2, total, FAST)
+    return total
+
+
+@_jit
+def _sum_wide(
+    total, left, keys, weight, left_stride, key_stride, count,
+    BM: tl.constexpr, TQ: tl.constexpr, TN: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """The same from queries and keys themselves."""
+    TM: tl.constexpr = BM // TQ
+    rows = tl.arange(0, TM)[:, None, None, None] * TQ + tl.arange(0, TQ)[None, None, :, None]
+    cols = tl.arange(0, TN)[None, :, None, None] * 32 + tl.arange(0, 32)[None, None, None, :]
+    for a in range(0, count):
+        _, m = _exponential(_clamp(2.0 * (tl.load(left + rows) + tl.load(keys + cols)), -87.0, 20.0))
+        total = tl.fma(tl.load(weight + a) * m, _reciprocal(m + 2.0, FAST), total)
+        left += left_stride
+        keys += key_stride
     return total
 
 
 @_jit
 def _scores(
-    left, anchors, mode, keys, weight, key_stride, A2,
+    left, modes, keys, tangents, weight, left_stride, key_stride, A2,
     BM: tl.constexpr, TQ: tl.constexpr, TN: tl.constexpr, FAST: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Scores (BM, TN * 32) of one tile, whatever may attend to what."""
-    if mode == 0:
-        total = _sum_channels(left, anchors, keys, weight, key_stride, A2, 0, BM, TQ, TN, FAST)
-    elif mode == 1:
-        total = _sum_channels(left, anchors, keys, weight, key_stride, A2, 1, BM, TQ, TN, FAST)
-    else:
-        total = _sum_channels(left, anchors, keys, weight, key_stride, A2, 2, BM, TQ, TN, FAST)
-    folded = tl.reshape(tl.permute(total, (0, 2, 1, 3)), (BM, TN * 32))
-    return tl.fma(folded, -2.0, tl.load(weight + A2))
+    total = tl.zeros((BM // TQ, TN, TQ, 32), tl.float32)
+    for begin in range(0, A2, BLOCK):
+        count = tl.minimum(A2 - begin, BLOCK)
+        if tl.load(modes) == 0:
+            total = _sum_products(
+                total, left, keys, tangents, weight + begin, left_stride, key_stride, count,
+                BM, TQ, TN, FAST,
+            )  # fmt: skip
+        else:
+            total = _sum_wide(
+                total, left, keys, weight + begin, left_stride, key_stride, count, BM, TQ, TN, FAST
+            )
+        modes += 1
+        left += BLOCK * left_stride
+        keys += BLOCK * key_stride
+        tangents += BLOCK * key_stride
+    return tl.reshape(tl.permute(total, (0, 2, 1, 3)), (BM, TN * 32))
 
 
 @_jit
@@ -280,54 +326,86 @@ def _finish(m, total):
 
 
 @_jit
-def prepare_kernel(
-    query, query_b, query_t, left, anchors, modes, Tq, A, A2, tiles,
-    BM: tl.constexpr, BA: tl.constexpr,
+def anchors_kernel(
+    query, weight, anchors, modes, query_b, query_t, Tq, A, A2, blocks,
+    BM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """E (A2, BM), anchors (A2,) and the mode of one query tile; WIDE tiles keep query itself."""
+    """Anchors (B, A2) and modes (B, blocks) of one block of channels of one batch row."""
+    b = tl.program_id(0).to(tl.int64)
+    a = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    there = (a < A)[None, :]
+    query += b * query_b + a[None, :]
+    low = tl.full((BLOCK,), float("inf"), tl.float32)
+    high = tl.full((BLOCK,), float("-inf"), tl.float32)
+    odd = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, Tq, BM):
+        i = first + tl.arange(0, BM)
+        inside = (i < Tq)[:, None] & there
+        x = tl.load(query + i.to(tl.int64)[:, None] * query_t, mask=inside, other=0.0)
+        x = x.to(tl.float32)
+        odd += tl.sum(x * 0.0, 0)  # NaN where something is not finite
+        low = tl.minimum(low, tl.min(tl.where(inside, x, float("inf")), 0))
+        high = tl.maximum(high, tl.max(tl.where(inside, x, float("-inf")), 0))
+    w = tl.load(weight + a, mask=a < A, other=0.0).to(tl.float32)
+    fits = (high - low + odd <= 18.0) & (tl.abs(w) <= 1048576.0)
+    tl.store(modes + b * blocks + tl.program_id(1), tl.max((~fits & (a < A)).to(tl.int32), 0))
+    tl.store(anchors + b * A2 + a, tl.where(a < A, low, 0.0), mask=a < A2)
+
+
+@_jit
+def prepare_kernel(
+    source, bias, anchors, modes, products, tangents, source_b, source_t, out_b, out_t, out_a,
+    T, room, A, A2, tiles, blocks,
+    ARE_KEYS: tl.constexpr, HAS_BIAS: tl.constexpr, WITHOUT_NAN: tl.constexpr,
+    BM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """u of queries, or P and T of keys, of BM rows and one block of channels.
+
+    A WIDE block gets the query, or key + bias, itself in their place. Beyond the last row and channel
+    stand finite numbers.
+    """
     tile = tl.program_id(0).to(tl.int64)
     b = tile // tiles
-    r = tl.arange(0, BM)
-    i = (tile % tiles) * BM + r
-    query += b * query_b + i[:, None] * query_t
-    left += tile * A2 * BM
-    anchors += tile * A2
-
-    spread = tl.zeros((BA,), tl.float32)
-    for a0 in range(0, A, BA):
-        a = a0 + tl.arange(0, BA)
-        inside = (i < Tq)[:, None] & (a < A)[None, :]
-        x = tl.load(query + a[None, :], mask=inside, other=0.0).to(tl.float32)
-        high = tl.max(tl.where(inside, x, float("-inf")), 0)
-        low = tl.min(tl.where(inside, x, float("inf")), 0)
-        apart = tl.where(a < A, high - low, 0.0)
-        apart = tl.where(apart == apart, apart, float("inf"))
-        spread = tl.maximum(spread, apart)
-    mode = _mode_of(tl.max(spread, 0))
-    tl.store(modes + tile, mode)
-
-    for a0 in range(0, A2, BA):
-        a = a0 + tl.arange(0, BA)
-        inside = (i < Tq)[:, None] & (a < A)[None, :]
-        x = tl.load(query + a[None, :], mask=inside, other=0.0).to(tl.float32)
-        high = tl.max(tl.where(inside, x, float("-inf")), 0)
-        low = tl.min(tl.where(inside, x, float("inf")), 0)
-        c = tl.where(a < A, 0.5 * high + 0.5 * low, 0.0)
-        e = tl.exp2(_clamp((x - c[None, :]) * 2.885390081777927, -126.0, 126.0))
-        e = tl.where(mode == 2, x, tl.where(inside, e, 1.0))
-        tl.store(left + a[None, :] * BM + r[:, None], e, mask=(a < A2)[None, :])
-        tl.store(anchors + a, c, mask=a < A2)
+    i = (tile % tiles) * BM + tl.arange(0, BM)
+    a = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = (i < T)[:, None] & (a < A)[None, :]
+    wide = tl.load(modes + b * blocks + tl.program_id(1)) != 0
+    c = tl.load(anchors + b * A2 + a, mask=a < A2, other=0.0)[None, :]
+    c = tl.broadcast_to(tl.where(wide, 0.0, c), (BM, BLOCK))
+    x = tl.load(source + b * source_b + i[:, None] * source_t + a[None, :], mask=inside, other=0.0)
+    x = x.to(tl.float32)
+    at = b * out_b + i[:, None] * out_t + a.to(tl.int64)[None, :] * out_a
+    stored = (i < room)[:, None] & (a < A2)[None, :]
+    if ARE_KEYS:
+        if WITHOUT_NAN:
+            x = tl.where(x == x, x, 0.0)
+        error = tl.zeros_like(x)
+        if HAS_BIAS:
+            added = tl.load(bias + a, mask=a < A, other=0.0).to(tl.float32)
+            x, error = _sum_and_error(x, tl.broadcast_to(added[None, :], (BM, BLOCK)))
+        anchored, more = _sum_and_error(x, c)
+        exponential, minus_one = _doubled(anchored, error + more)
+        d = 1.0 + exponential
+        tl.store(products + at, tl.where(wide, x, tl.div_rn(exponential, d)), mask=stored)
+        tl.store(tangents + at, tl.div_rn(minus_one, d), mask=stored)
+    else:
+        x = tl.where(inside, x, c)
+        anchored, error = _sum_and_error(x, -c)
+        _, minus_one = _doubled(anchored, error)
+        tl.store(products + at, tl.where(wide, x, minus_one), mask=stored)
 
 
 @_one_of(SCORE_CONFIGS, ["A2", "BM", "BD", "KEYS", "DROPOUT", "HAS_MASK"], _prune_scores)
 @_jit
 def forward_kernel(
-    left, anchors, modes, keys, weight, value, lengths, mask, context, logsumexp, scores,
+    left, modes, keys, tangents, weight, value, lengths, mask, context, logsumexp, scores,
     value_b, value_t, mask_b, mask_i, mask_j,
-    B, Tq, Tk, A2, D, key_stride, tiles, split_keys, seed, dropout_p, dropout_scale,
+    B, Tq, Tk, A2, D, left_stride, key_stride, tiles, blocks, split_keys,
+    seed, dropout_p, dropout_scale,
     HAS_LENGTHS: tl.constexpr, HAS_MASK: tl.constexpr, CAUSAL: tl.constexpr,
     DROPOUT: tl.constexpr, WIDE: tl.constexpr, SCORES: tl.constexpr, FAST: tl.constexpr,
-    KEYS: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, TQ: tl.constexpr, TN: tl.constexpr,
+    KEYS: tl.constexpr, BLOCK: tl.constexpr,
+    BM: tl.constexpr, BD: tl.constexpr, TQ: tl.constexpr, TN: tl.constexpr,
 ):  # fmt: skip
     """One query tile, BD columns of value, the keys of one split."""
     BN: tl.constexpr = TN * 32
@@ -338,10 +416,10 @@ def forward_kernel(
     r = tl.arange(0, BM)
     n = tl.arange(0, BN)
     column = tl.program_id(1) * BD + tl.arange(0, BD)
-    mode = tl.load(modes + tile)
-    left += tile * A2 * BM
-    anchors += tile * A2
+    modes += b * blocks
+    left += b * A2 * left_stride + first
     keys += b * A2 * key_stride
+    tangents += b * A2 * key_stride
     value += b * value_b + column[None, :]
     length = _length_of(lengths, b, Tk, HAS_LENGTHS)
     end = tl.minimum(length, (split + 1) * split_keys)
@@ -351,9 +429,13 @@ def forward_kernel(
     m = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     sums = tl.zeros((BM, BD), tl.float32)
+    left_out = 0  # whether some value was not finite
     # Hoisting offsets out of this loop would keep them in registers through the channels.
     for start in tl.range(split * split_keys, end, BN, disable_licm=True):
-        s = _scores(left, anchors, mode, keys + start, weight, key_stride, A2, BM, TQ, TN, FAST)
+        s = _scores(
+            left, modes, keys + start, tangents + start, weight, left_stride, key_stride, A2,
+            BM, TQ, TN, FAST, BLOCK,
+        )  # fmt: skip
         allowed = _allowed(
             b, first, r, start, n, Tq, length, mask, mask_b, mask_i, mask_j, HAS_MASK, CAUSAL
         )  # fmt: skip
@@ -368,7 +450,27 @@ def forward_kernel(
         inside = (n < length - start)[:, None] & (column < D)[None, :]
         there = value + _int64(start) * value_t
         v = tl.load(there + (n * value_t)[:, None], mask=inside, other=0.0)
+        if HAS_MASK or CAUSAL:
+            # A weight of zero would not keep NaN out.
+            odd = v.to(tl.float32) * 0.0 != 0.0
+            v = tl.where(odd, 0.0, v).to(value.dtype.element_ty)
+            left_out = tl.maximum(left_out, tl.max(tl.max(odd.to(tl.int32), 1), 0))
         sums = _dot(_narrow(p, v.dtype, FAST), v, sums * scale[:, None], FAST)
+
+    if HAS_MASK or CAUSAL:
+        if left_out > 0:
+            # Who may attend to what is not finite gets NaN.
+            for start in tl.range(split * split_keys, end, BN, disable_licm=True):
+                allowed = _allowed(
+                    b, first, r, start, n, Tq, length, mask, mask_b, mask_i, mask_j, HAS_MASK,
+                    CAUSAL,
+                )  # fmt: skip
+                inside = (n < length - start)[:, None] & (column < D)[None, :]
+                there = value + _int64(start) * value_t
+                v = tl.load(there + (n * value_t)[:, None], mask=inside, other=0.0)
+                odd = v.to(tl.float32) * 0.0 != 0.0
+                met = tl.dot(allowed.to(tl.float32), odd.to(tl.float32))
+                sums = tl.where(met > 0.0, float("nan"), sums)
 
     lse, inverse = _finish(m, total)
     row = (split.to(tl.int64) * B + b) * Tq + first + r
@@ -383,7 +485,7 @@ def forward_kernel(
 def few_queries_kernel(
     query, key, value, weight, bias, lengths, mask, context, logsumexp, scores,
     query_b, query_t, key_b, key_t, value_b, value_t, mask_b, mask_i, mask_j,
-    B, Tq, Tk, A, A2, D, split_keys, seed, dropout_p, dropout_scale,
+    B, Tq, Tk, A, D, split_keys, seed, dropout_p, dropout_scale,
     HAS_BIAS: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_MASK: tl.constexpr,
     CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, WIDE: tl.constexpr, SCORES: tl.constexpr,
     FAST: tl.constexpr, BN: tl.constexpr, BA: tl.constexpr, BD: tl.constexpr,
@@ -418,9 +520,10 @@ def few_queries_kernel(
             inside = (n < length - start)[:, None] & (a < A)[None, :]
             k = tl.load(keys + a[None, :], mask=inside, other=0.0).to(tl.float32)
             w = tl.load(weight + a, mask=a < A, other=0.0)
-            one_over = _reciprocal(_divisor(q[None, :], k, 0.0, 2, FAST), FAST)
-            parts = tl.fma(tl.broadcast_to(w[None, :], (BN, BA)), one_over, parts)
-        s = (tl.load(weight + A2) - 2.0 * tl.sum(parts, 1))[None, :]
+            _, minus_one = _exponential(_clamp(2.0 * (q[None, :] + k), -87.0, 20.0))
+            one_over = _reciprocal(minus_one + 2.0, FAST)
+            parts = tl.fma(w[None, :] * minus_one, one_over, parts)
+        s = tl.sum(parts, 1)[None, :]
         allowed = _allowed(
             b, first, r, start, n, Tq, length, mask, mask_b, mask_i, mask_j, HAS_MASK, CAUSAL
         )  # fmt: skip
@@ -431,7 +534,7 @@ def few_queries_kernel(
         if DROPOUT:
             keep = _keep(b, first, r, start, n, Tq, Tk, seed, dropout_p, WIDE)
             p = tl.where(keep, p * dropout_scale, 0.0)
-        inside = (n < length - start)[:, None] & (column < D)[None, :]
+        inside = tl.trans(allowed) & (column < D)[None, :]
         there = value + _int64(start) * value_t
         v = tl.load(there + (n * value_t)[:, None], mask=inside, other=0.0)
         sums = sums * scale + tl.sum(tl.trans(p) * v.to(tl.float32), 0)
@@ -478,15 +581,16 @@ def combine_kernel(
 @_one_of(SCORE_CONFIGS, ["A2", "BM", "KEYS", "DROPOUT", "HAS_MASK"], _prune_scores)
 @_jit
 def d_scores_kernel(
-    left, anchors, modes, keys, weight, value, lengths, mask, logsumexp, delta,
+    left, modes, keys, tangents, weight, value, lengths, mask, logsumexp, delta,
     grad_context, grad_weights, grad_scores, d_scores, weights, dropped,
     value_b, value_t, mask_b, mask_i, mask_j,
-    Tq, Tk, A2, D, key_stride, tiles, seed, dropout_p, dropout_scale,
+    Tq, Tk, A2, D, left_stride, key_stride, tiles, blocks, seed, dropout_p, dropout_scale,
     HAS_LENGTHS: tl.constexpr, HAS_MASK: tl.constexpr, CAUSAL: tl.constexpr,
     DROPOUT: tl.constexpr, WIDE: tl.constexpr, GRAD_CONTEXT: tl.constexpr,
     GRAD_WEIGHTS: tl.constexpr,
     GRAD_SCORES: tl.constexpr, FAST: tl.constexpr,
-    KEYS: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, TQ: tl.constexpr, TN: tl.constexpr,
+    KEYS: tl.constexpr, BLOCK: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, TQ: tl.constexpr, TN: tl.constexpr,
 ):  # fmt: skip
     """d_scores and dropped-out weights of one tile.
 
@@ -523,9 +627,11 @@ def d_scores_kernel(
             tl.store(dropped + at, tl.zeros((BM, BN), dropped.dtype.element_ty), mask=inside)
         return
 
+    keys += b * A2 * key_stride + start
+    tangents += b * A2 * key_stride + start
     s = _scores(
-        left + tile * A2 * BM, anchors + tile * A2, tl.load(modes + tile),
-        keys + b * A2 * key_stride + start, weight, key_stride, A2, BM, TQ, TN, FAST,
+        left + b * A2 * left_stride + first, modes + b * blocks, keys, tangents, weight,
+        left_stride, key_stride, A2, BM, TQ, TN, FAST, BLOCK,
     )  # fmt: skip
     allowed = _allowed(
         b, first, r, start, n, Tq, length, mask, mask_b, mask_i, mask_j, HAS_MASK, CAUSAL
@@ -554,9 +660,10 @@ def d_scores_kernel(
     if GRAD_WEIGHTS:
         d_p += tl.load(grad_weights + at, mask=allowed, other=0.0).to(tl.float32)
         tl.store(weights + at, p, mask=inside)
-        d_s = p * d_p
+        d_s = tl.where(allowed, p * d_p, 0.0)
     else:
-        d_s = p * (d_p - tl.load(delta + rows, mask=row_inside, other=0.0)[:, None])
+        d_p -= tl.load(delta + rows, mask=row_inside, other=0.0)[:, None]
+        d_s = tl.where(allowed, p * d_p, 0.0)  # of other pairs d_p may be anything
         if GRAD_SCORES:
             d_s += tl.load(grad_scores + at, mask=allowed, other=0.0).to(tl.float32)
     tl.store(d_scores + at, d_s, mask=inside)
@@ -564,53 +671,58 @@ def d_scores_kernel(
 
 @_jit
 def _walk(
-    x, c, other, other_t, columns, d_scores, d_other, steps, begin, end,
-    MODE: tl.constexpr, FAST: tl.constexpr,
+    left, other, other_tangents, other_t, columns, d_scores, d_other, steps, begin, end,
+    WIDE: tl.constexpr, QUERY: tl.constexpr, FAST: tl.constexpr,
     TM: tl.constexpr, TQ: tl.constexpr, TA: tl.constexpr,
 ):  # fmt: skip
-    """Over the other side: sums of d_score E F r^2, of d_score r, and of d_score."""
-    left = x
-    if MODE != 2:
-        left = tl.exp2(_clamp((x - c) * 2.885390081777927, -126.0, 126.0))
+    """Over the other side: sums of d_score (1 - tanh^2), without the owner's factor, and d_score tanh."""
     d_left = tl.zeros((TM, TA, TQ, 32), tl.float32)
-    d_reciprocal = tl.zeros((TM, TA, TQ, 32), tl.float32)
-    d_sum = tl.zeros((TM, 1, TQ, 1), tl.float32)
+    d_weight = tl.zeros((TM, TA, TQ, 32), tl.float32)
     skipped = tl.full((), 0, tl.int64) + begin
     other += skipped * other_t
+    other_tangents += skipped * other_t
     d_scores += skipped * d_other
     for _ in range(begin, end):
-        y = tl.load(other + columns).to(tl.float32)
+        y = tl.load(other + columns)
         d_s = tl.load(d_scores + steps)
-        if MODE == 2:
-            e = _exp2(_clamp((left + y) * 2.885390081777927, -126.0, 60.0), FAST)
-        elif MODE == 1:
-            right = _exp2(_clamp((y + c) * 2.885390081777927, -126.0, 126.0), FAST)
-            # 2^60
-            e = tl.minimum(left * right, 1152921504606846976.0, propagate_nan=tl.PropagateNan.ALL)
+        if WIDE:
+            e, m = _exponential(_clamp(2.0 * (left + y), -87.0, 41.0))
+            r = _reciprocal(1.0 + e, FAST)
+            # A pair that is not allowed may be of NaN and infinities.
+            met = d_s != 0.0
+            d_left = tl.fma(d_s * 4.0, tl.where(met, e * r * r, 0.0), d_left)
+            if QUERY:
+                d_weight = tl.fma(d_s, tl.where(met, m * r, 0.0), d_weight)
         else:
-            right = _exp2(_clamp((y + c) * 2.885390081777927, -126.0, 45.0), FAST)
-            e = left * right
-        r = _reciprocal(1.0 + e, FAST)
-        weighted = d_s * r
-        d_reciprocal += weighted
-        d_left = tl.fma(weighted, e * r, d_left)
-        d_sum += d_s
+            r = _reciprocal(tl.fma(left, y, 1.0), FAST)
+            weighted = d_s * r
+            if QUERY:
+                t = tl.load(other_tangents + columns)
+                d_weight = tl.fma(weighted, tl.fma(left, y, t), d_weight)
+                d_left = tl.fma(weighted * r, 2.0 * y * (1.0 - t), d_left)
+            else:
+                d_left = tl.fma(weighted * r, 1.0 + y, d_left)
         other += other_t
+        other_tangents += other_t
         d_scores += d_other
-    return d_left, d_reciprocal, d_sum
+    return d_left, d_weight
 
 
 @_one_of(CHANNEL_CONFIGS, ["A", "BM", "QUERY"], _prune_channels)
 @_jit
 def d_channels_kernel(
-    rows, others, weight, bias, lengths, d_scores, d_rows, d_bias, d_weight,
-    rows_b, rows_t, others_b, others_t, d_row, d_other,
-    T, T_other, Tk, A, tiles,
+    rows, row_tangents, others, other_tangents, modes, weight, lengths, d_scores, d_rows,
+    d_bias, d_weight,
+    d_row, d_other, T, T_other, Tk, A, A2, tiles, blocks,
     HAS_BIAS: tl.constexpr, HAS_LENGTHS: tl.constexpr, CAUSAL: tl.constexpr,
-    QUERY: tl.constexpr, FAST: tl.constexpr,
+    QUERY: tl.constexpr, FAST: tl.constexpr, BLOCK: tl.constexpr,
     BM: tl.constexpr, TQ: tl.constexpr, TA: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of BM rows and TA * 32 channels: of queries (and of weight and bias), or of keys."""
+    """Gradient of BM rows and TA * 32 channels: of queries (and of weight and bias), or of keys.
+
+    ``rows`` and ``others`` are u of queries and P of keys as prepare_kernel leaves them, (B, T, A2),
+    ``row_tangents`` and ``other_tangents`` T where those are keys.
+    """
     TM: tl.constexpr = BM // TQ
     tile = tl.program_id(0).to(tl.int64)
     b = tile // tiles
@@ -619,22 +731,10 @@ def d_channels_kernel(
     a = tl.arange(0, TA)[None, :, None, None] * 32 + tl.arange(0, 32)[None, None, None, :]
     a += tl.program_id(1) * (TA * 32)
     a_inside = a < A
-    row_inside = i < T
-    inside = row_inside & a_inside
-    x = tl.load(rows + b * rows_b + i.to(tl.int64) * rows_t + a, mask=inside, other=0.0)
-    x = x.to(tl.float32)
-    if HAS_BIAS:
-        x += tl.load(bias + a, mask=a_inside, other=0.0).to(tl.float32)
-
-    high = tl.where(inside, x, float("-inf"))
-    high = tl.max(tl.max(high, 2, keep_dims=True), 0, keep_dims=True)
-    low = tl.where(inside, x, float("inf"))
-    low = tl.min(tl.min(low, 2, keep_dims=True), 0, keep_dims=True)
-    apart = tl.where(a_inside, high - low, 0.0)
-    apart = tl.where(apart == apart, apart, float("inf"))
-    mode = _mode_of(tl.max(tl.reshape(apart, (TA * 32,)), 0))
-    c = tl.where(a_inside, 0.5 * high + 0.5 * low, 0.0)
-    x = tl.where(inside, x, c)
+    inside = (i < T) & a_inside
+    own = (b * T + i) * A2 + a
+    x = tl.load(rows + own, mask=inside, other=0.0)
+    wide = tl.load(modes + b * blocks + tl.program_id(1) * (TA * 32) // BLOCK) != 0
 
     length = _length_of(lengths, b, Tk, HAS_LENGTHS)
     begin = 0
@@ -642,41 +742,39 @@ def d_channels_kernel(
         end = tl.minimum(length, T_other)
         if CAUSAL:
             end = tl.minimum(end, first + BM)
-        d_scores += b * T * T_other
     else:
         end = T_other
         if CAUSAL:
             begin = tl.minimum(first, end)
         if HAS_LENGTHS:
             end = tl.where(first < length, end, begin)
-        d_scores += b * T * T_other
-    others += b * others_b
-    d_scores += _int64(first) * d_row
+    d_scores += b * T * T_other + _int64(first) * d_row
+    others += b * T_other * A2
+    other_tangents += b * T_other * A2
     # What lies outside reads its last neighbour inside, unmasked, and is never stored.
     columns = tl.minimum(a, A - 1)
     steps = tl.minimum(i - first, T - 1 - first) * d_row
 
-    if mode == 0:
-        d_left, d_reciprocal, d_sum = _walk(
-            x, c, others, others_t, columns, d_scores, d_other, steps, begin, end,
-            0, FAST, TM, TQ, TA,
-        )  # fmt: skip
-    elif mode == 1:
-        d_left, d_reciprocal, d_sum = _walk(
-            x, c, others, others_t, columns, d_scores, d_other, steps, begin, end,
-            1, FAST, TM, TQ, TA,
+    if wide:
+        d_left, d_w = _walk(
+            x, others, other_tangents, A2, columns, d_scores, d_other, steps, begin, end,
+            True, QUERY, FAST, TM, TQ, TA,
         )  # fmt: skip
     else:
-        d_left, d_reciprocal, d_sum = _walk(
-            x, c, others, others_t, columns, d_scores, d_other, steps, begin, end,
-            2, FAST, TM, TQ, TA,
+        d_left, d_w = _walk(
+            x, others, other_tangents, A2, columns, d_scores, d_other, steps, begin, end,
+            False, QUERY, FAST, TM, TQ, TA,
         )  # fmt: skip
+        if QUERY:
+            d_left *= 1.0 + x
+        else:
+            d_left *= 2.0 * x * (1.0 - tl.load(row_tangents + own, mask=inside, other=0.0))
 
-    d_left = d_left * (4.0 * tl.load(weight + a, mask=a_inside, other=0.0))
+    d_left *= tl.load(weight + a, mask=a_inside, other=0.0)
     at = d_rows + (b * T + i) * A + a
     tl.store(at, _narrow(d_left, d_rows.dtype.element_ty, FAST), mask=inside)
     if QUERY:
-        d_w = tl.where(inside, d_sum - 2.0 * d_reciprocal, 0.0)
+        d_w = tl.where(inside, d_w, 0.0)
         d_w = tl.sum(tl.sum(d_w, 2, keep_dims=True), 0, keep_dims=True)
         tl.store(d_weight + tile * A + a, d_w, mask=a_inside)
         if HAS_BIAS:
@@ -714,35 +812,65 @@ def _query_tile(Tq: int) -> int:
 
 
 def _padded_weight(weight: Tensor, A2: int) -> Tensor:
-    """(A2 + 1,) float32: weight, zeros up to A2, and the sum of it all."""
-    wide = F.pad(weight.float(), (0, A2 - weight.shape[0]))
-    return torch.cat((wide, wide.sum(0, keepdim=True)))
+    """(A2,) float32: weight, and zeros up to A2."""
+    return F.pad(weight.float(), (0, A2 - weight.shape[0]))
 
 
-def _workspaces(query: Tensor, key: Tensor, bias: Tensor | None, BM: int) -> dict[str, Any]:
-    """What the score kernels read: E per query tile, and keys by channel."""
-    B, Tq, A = query.shape
-    Tk = key.shape[1]
-    A2 = A + A % 2
-    tiles = _cdiv(Tq, BM)
-    key_stride = _cdiv(Tk, KEY_ALIGNMENT) * KEY_ALIGNMENT
-    new: dict[str, Any] = {"device": query.device, "dtype": torch.float32}
-    keys = torch.zeros((B, A2, key_stride), **new)
-    keys[:, :A, :Tk].copy_(key.transpose(1, 2))
-    if bias is not None:
-        keys[:, :A] += bias.float().unsqueeze(1)
-    left = torch.empty((B, tiles, A2, BM), **new)
-    anchors = torch.empty((B, tiles, A2), **new)
-    modes = torch.empty((B, tiles), device=query.device, dtype=torch.int32)
-    prepare_kernel[(B * tiles,)](
-        query, query.stride(0), query.stride(1), left, anchors, modes, Tq, A, A2, tiles,
-        BM=BM, BA=32,
-    )  # fmt: skip
-    return {
-        "left": left, "anchors": anchors, "modes": modes, "keys": keys,
-        "key_stride": key_stride, "A2": A2, "tiles": tiles, "BM": BM,
-        "KEYS": _power_of_two(Tk, 64, KEY_ALIGNMENT),
-    }  # fmt: skip
+class _Prepared:
+    """u of queries, and P and T of keys, as the kernels read them."""
+
+    def __init__(
+        self, query: Tensor, key: Tensor, weight: Tensor, bias: Tensor | None, without_nan: bool
+    ) -> None:
+        B, Tq, A = query.shape
+        self.A2 = A + A % 2
+        self.blocks = _cdiv(self.A2, BLOCK)
+        self.query, self.key, self.bias = query, key, bias
+        self.without_nan = without_nan
+        self.anchors = torch.empty((B, self.A2), device=query.device, dtype=torch.float32)
+        self.modes = torch.empty((B, self.blocks), device=query.device, dtype=torch.int32)
+        anchors_kernel[(B, self.blocks)](
+            query, weight, self.anchors, self.modes, query.stride(0), query.stride(1), Tq, A,
+            self.A2, self.blocks, BM=64, BLOCK=BLOCK,
+        )  # fmt: skip
+
+    def by_channel(self, BM: int) -> dict[str, Any]:
+        """What the score kernels read: (B, A2, T), T rounded up to whole tiles."""
+        left_stride = _cdiv(self.query.shape[1], BM) * BM
+        Tk = self.key.shape[1]
+        key_stride = _cdiv(Tk, KEY_ALIGNMENT) * KEY_ALIGNMENT
+        left, _ = self._run(self.query, left_stride, (self.A2 * left_stride, 1, left_stride), False)
+        keys, tangents = self._run(self.key, key_stride, (self.A2 * key_stride, 1, key_stride), True)
+        return {
+            "left": left, "modes": self.modes, "keys": keys, "tangents": tangents,
+            "left_stride": left_stride, "key_stride": key_stride, "A2": self.A2,
+            "tiles": left_stride // BM, "blocks": self.blocks, "BM": BM, "BLOCK": BLOCK,
+            "KEYS": _power_of_two(Tk, 64, KEY_ALIGNMENT),
+        }  # fmt: skip
+
+    def by_row(self) -> tuple[Tensor, Tensor, Tensor]:
+        """u (B, Tq, A2), P and T (B, Tk, A2)."""
+        Tq, Tk = self.query.shape[1], self.key.shape[1]
+        left, _ = self._run(self.query, Tq, (Tq * self.A2, self.A2, 1), False)
+        return (left, *self._run(self.key, Tk, (Tk * self.A2, self.A2, 1), True))
+
+    def _run(
+        self, rows: Tensor, room: int, strides: tuple[int, int, int], keys: bool
+    ) -> tuple[Tensor, Tensor]:
+        """u and itself, or P and T, with ``room`` rows, at b, t, a times ``strides``."""
+        B, T, A = rows.shape
+        products = torch.empty(B * room * self.A2, device=rows.device, dtype=torch.float32)
+        tangents = torch.empty_like(products) if keys else products
+        BM = 32
+        tiles = _cdiv(room, BM)
+        prepare_kernel[(B * tiles, self.blocks)](
+            rows, rows if self.bias is None else self.bias, self.anchors, self.modes,
+            products, tangents, rows.stride(0), rows.stride(1), *strides,
+            T, room, A, self.A2, tiles, self.blocks,
+            ARE_KEYS=keys, HAS_BIAS=self.bias is not None, WITHOUT_NAN=self.without_nan,
+            BM=BM, BLOCK=BLOCK,
+        )  # fmt: skip
+        return products, tangents
 
 
 def _mask_arguments(mask: Tensor | None, query: Tensor, Tk: int) -> dict[str, Any]:
@@ -841,10 +969,11 @@ def forward(
                 query=query, query_b=query.stride(0), query_t=query.stride(1),
                 key=key, key_b=key.stride(0), key_t=key.stride(1),
                 bias=query if bias is None else bias, HAS_BIAS=bias is not None,
-                A=A, A2=A2, BN=32, BA=64, **common,
+                A=A, BN=32, BA=64, **common,
             )  # fmt: skip
         else:
-            spaces = _workspaces(query, key, bias, BM)
+            prepared = _Prepared(query, key, common["weight"], bias, False)
+            spaces = prepared.by_channel(BM)
             forward_kernel[(B * spaces["tiles"], columns, splits)](**spaces, **common)
         if splits > 1:
             combine_kernel[(B * Tq, columns)](
@@ -861,43 +990,46 @@ def forward(
 
     weights = nothing
     if want_weights:
-        origin = logsumexp.masked_fill(logsumexp == -torch.inf, 0).unsqueeze(-1)
-        weights = torch.exp(scores - origin).to(query.dtype)
+        # Not by the log-sum-exp, which is rounded to as many digits as the scores have.
+        nobody = (logsumexp == -torch.inf).unsqueeze(-1)
+        weights = torch.softmax(scores, -1).masked_fill(nobody, 0).to(query.dtype)
     return context, logsumexp, weights, scores.to(query.dtype) if want_scores else nothing
 
 
 def _d_channels(
-    rows: Tensor,
-    others: Tensor,
+    like: Tensor,
+    rows: tuple[Tensor, Tensor],
+    others: tuple[Tensor, Tensor],
+    prepared: _Prepared,
     weight: Tensor,
-    bias: Tensor | None,
     lengths: Tensor | None,
     d_scores: Tensor,
     causal: bool,
     is_query: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradient of ``rows``, and sums over them per tile: of weight and bias, for queries alone."""
-    B, T, A = rows.shape
-    T_other = others.shape[1]
-    Tk = T_other if is_query else T
+    """Gradient of the rows ``like``, and sums over them per tile: of weight and bias, for queries alone.
+
+    ``rows`` and ``others`` are as by_row has them, u and anything, or P and T.
+    """
+    B, T, A = like.shape
+    Tq, Tk = d_scores.shape[1:]
     BM = 16 if T <= 16 else 64
     tiles = _cdiv(T, BM)
-    d_rows = torch.empty_like(rows, memory_format=torch.contiguous_format)
-    sums = torch.empty((2, B * tiles, A) if is_query else (2, 0, A), device=rows.device)
+    d_rows = torch.empty_like(like, memory_format=torch.contiguous_format)
+    sums = torch.empty((2, B * tiles, A) if is_query else (2, 0, A), device=like.device)
     d_row, d_other = (Tk, 1) if is_query else (1, Tk)
 
     def grid(meta: dict[str, int]) -> tuple[int, int]:
         return B * tiles, _cdiv(A, meta["TA"] * LANES)
 
     d_channels_kernel[grid](
-        rows=rows, others=others, weight=weight, bias=rows if bias is None else bias,
-        lengths=rows if lengths is None else lengths, d_scores=d_scores, d_rows=d_rows,
-        d_weight=sums[0], d_bias=sums[1],
-        rows_b=rows.stride(0), rows_t=rows.stride(1),
-        others_b=others.stride(0), others_t=others.stride(1), d_row=d_row, d_other=d_other,
-        T=T, T_other=T_other, Tk=Tk, A=A, tiles=tiles,
-        HAS_BIAS=bias is not None, HAS_LENGTHS=lengths is not None, CAUSAL=causal,
-        QUERY=is_query, FAST=not INTERPRETING, BM=BM,
+        rows=rows[0], row_tangents=rows[1], others=others[0], other_tangents=others[1],
+        modes=prepared.modes, weight=weight, lengths=like if lengths is None else lengths,
+        d_scores=d_scores, d_rows=d_rows, d_weight=sums[0], d_bias=sums[1],
+        d_row=d_row, d_other=d_other, T=T, T_other=Tk if is_query else Tq, Tk=Tk, A=A,
+        A2=prepared.A2, tiles=tiles, blocks=prepared.blocks,
+        HAS_BIAS=prepared.bias is not None, HAS_LENGTHS=lengths is not None, CAUSAL=causal,
+        QUERY=is_query, FAST=not INTERPRETING, BM=BM, BLOCK=BLOCK,
     )  # fmt: skip
     return d_rows, sums[0], sums[1]
 
@@ -951,7 +1083,8 @@ def backward(
         grad_scores = grad_scores.contiguous()
 
     wide = _padded_weight(weight, A + A % 2)
-    spaces = _workspaces(query, key, bias, _query_tile(Tq))
+    prepared = _Prepared(query, key, wide, bias, True)
+    spaces = prepared.by_channel(_query_tile(Tq))
 
     def grid(meta: dict[str, int]) -> tuple[int, int]:
         return B * spaces["tiles"], _cdiv(Tk, meta["TN"] * LANES)
@@ -969,8 +1102,12 @@ def backward(
         BK=32,
         **_mask_arguments(mask, query, Tk), **_dropout_arguments(dropout_p, seed),
     )  # fmt: skip
+    del spaces
     if grad_weights is not None:
-        d_scores -= weights * d_scores.sum(-1, keepdim=True)
+        # The sum of the weights is 1 up to the rounding of the log-sum-exp.
+        total = weights.sum(-1, keepdim=True)
+        mean = d_scores.sum(-1, keepdim=True) / total.masked_fill(total == 0, 1)
+        d_scores -= (weights * mean).masked_fill_(weights == 0, 0)
         if grad_scores is not None:
             # Masked scores are constants.
             unseen = _forbidden(B, Tq, Tk, lengths, mask, causal, query.device)
@@ -983,10 +1120,13 @@ def backward(
     else:
         d_value = torch.bmm(dropped.transpose(1, 2), grad_context)
     del dropped
+    left, keys, tangents = prepared.by_row()
     d_query, d_weight, sums = _d_channels(
-        query, key, wide, bias, lengths, d_scores, causal, is_query=True
+        query, (left, left), (keys, tangents), prepared, wide, lengths, d_scores, causal, True
     )
-    d_key, _, _ = _d_channels(key, query, wide, bias, lengths, d_scores, causal, is_query=False)
+    d_key, _, _ = _d_channels(
+        key, (keys, tangents), (left, left), prepared, wide, lengths, d_scores, causal, False
+    )
     if bias is not None:
         d_bias = sums.sum(0).to(bias.dtype)
     return d_query, d_key, d_value, d_weight.sum(0).to(weight.dtype), d_bias

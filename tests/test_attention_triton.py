@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import assert_close_like_torch
 from torch import Tensor
 
 from fused_rnn import reference
@@ -39,6 +40,9 @@ def test_in_the_interpreter() -> None:
 
 
 # ------------------------------------------------------------------------ numbers, interpreted
+
+
+INPUT_NAMES = ("query", "key", "value", "weight", "bias")
 
 
 def near(name: str, actual: Tensor, expected: Tensor) -> None:
@@ -118,8 +122,7 @@ def check(
     near("logsumexp", lse, expected[2].logsumexp(-1))
     got = kernels.backward(*grads, *tensors, lengths, mask, causal, dropout_p, 7, context, lse)
     assert tensors[4] is not None or got[4].shape == (0,)
-    names = ("query", "key", "value", "weight", "bias")
-    for name, g, e in zip(names, got, expected_grads, strict=False):
+    for name, g, e in zip(INPUT_NAMES, got, expected_grads, strict=False):
         near(f"d_{name}", g, e)
     nothing = ~allowed.any(-1)
     assert (context[nothing] == 0).all() and (weights[nothing] == 0).all()
@@ -204,6 +207,86 @@ def test_adversarial_rows(name: str, Tq: int) -> None:
     tensors[0] = (query + 0.1 * torch.randn(Tq, 6)).unsqueeze(0)
     tensors[1] = (key + 0.1 * torch.randn(12, 6)).unsqueeze(0)
     check(tensors)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "spread, heavy", [(1.0, 10.0), (1e-3, 10.0), (1e-3, 300.0), (2.0, 1.0), (12.0, 1.0)]
+)
+@pytest.mark.parametrize("Tq", [3, 18])
+def test_as_accurate_as_plain_torch(Tq: int, spread: float, heavy: float) -> None:
+    """At most twice the error of the formula in float32, by the project's rule."""
+    allowed = allowed_of((2, Tq, 21), None, None, False)
+    ours, torchs, exact = [], [], []
+    names = ("context", "weights", "scores", *(f"d_{n}" for n in INPUT_NAMES))
+    for draw in range(5):
+        tensors = inputs(2, Tq, 21, 64, 4, spread=spread)
+        tensors[3] = heavy * torch.randn(64)
+        if draw % 2:
+            tensors[3] = tensors[3].abs()
+        tensors[4] *= 0.3 * spread
+        context, lse, weights, scores = kernels.forward(
+            *tensors, None, None, False, 0.0, 0, True, True
+        )  # fmt: skip
+        grads = (torch.randn(context.shape), None, None)
+        found = kernels.backward(*grads, *tensors, None, None, False, 0.0, 0, context, lse)
+        ours.append(dict(zip(names, (context, weights, scores, *found), strict=True)))
+        for results, dtype in ((torchs, torch.float32), (exact, torch.float64)):
+            values, gradients = run_reference(tensors, allowed, None, grads, dtype)
+            results.append(dict(zip(names, (*values, *gradients), strict=True)))
+    assert_close_like_torch(ours, torchs, exact)
+
+
+@interpreted
+@pytest.mark.parametrize("kind", ["lengths", "keys", "pairs", "causal"])
+@pytest.mark.parametrize("Tq", [3, 18])
+def test_nothing_excluded_reaches_a_result_or_a_gradient(Tq: int, kind: str) -> None:
+    shape = (2, Tq, 21)
+    tensors = inputs(*shape, 5, 3)
+    lengths = torch.tensor([17, 0]) if kind == "lengths" else None
+    mask = None
+    if kind in ("keys", "pairs"):
+        mask = torch.rand(2, Tq if kind == "pairs" else 1, 21) > 0.4
+        mask[0, :, 3:5] = False
+        mask[1, 0] = False
+    allowed = allowed_of(shape, lengths, mask, kind == "causal")
+    dirty = [t.clone() for t in tensors]
+    odd = (torch.nan, torch.inf, -torch.inf)
+    for t, met in ((dirty[0], allowed.any(2)), (dirty[1], allowed.any(1)),
+                   (dirty[2], allowed.any(1))):  # fmt: skip
+        for n, (b, i) in enumerate((~met).nonzero().tolist()):
+            t[b, i] = odd[n % 3]
+    assert not dirty[2].isfinite().all()
+    grads = [torch.randn(s) for s in ((2, Tq, 3), shape, shape)]
+    results = []
+    for given in (tensors, dirty):
+        rest = (lengths, mask, kind == "causal", 0.0, 0)
+        context, lse, weights, scores = kernels.forward(*given, *rest, True, True)
+        results.append([context, weights, scores])
+        for some in (grads, (grads[0], None, None)):
+            results[-1] += kernels.backward(*some, *given, *rest, context, lse)
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-6)
+
+
+@interpreted
+@pytest.mark.parametrize("which", [1, 2])
+@pytest.mark.parametrize("Tq", [3, 18])
+def test_who_may_not_attend_to_nan_does_not_notice(Tq: int, which: int) -> None:
+    """Causal, and a key or its value is NaN: who comes before it neither sees nor learns of it."""
+    tensors = inputs(1, Tq, 21, 5, 3)
+    dirty = [t.clone() for t in tensors]
+    dirty[which][0, 2, 1] = torch.nan
+    grads = (torch.randn(1, Tq, 3), torch.randn(1, Tq, 21), None)
+    results = []
+    for given in (tensors, dirty):
+        rest = (None, None, True, 0.0, 0)
+        context, lse, weights, _ = kernels.forward(*given, *rest, True, False)
+        d_query = kernels.backward(*grads, *given, *rest, context, lse)[0]
+        results.append((context, weights, d_query))
+    for expected, found in zip(*results, strict=True):
+        assert torch.equal(found[:, :2], expected[:, :2])
+    assert results[1][0][:, 2:].isnan().any(-1).all()
 
 
 @interpreted
@@ -307,8 +390,9 @@ def test_same_bits_again() -> None:
 # ----------------------------------------------------------------------- compiled ahead of time
 
 FLOATS = [
-    "left", "anchors", "keys", "weight", "logsumexp", "scores", "delta", "d_scores", "weights",
-    "d_weight", "d_bias", "parts", "parts_lse",
+    "left", "anchors", "keys", "tangents", "products", "rows", "row_tangents", "others",
+    "other_tangents", "weight", "logsumexp", "scores", "delta", "d_scores", "weights", "d_weight",
+    "d_bias", "parts", "parts_lse",
 ]  # fmt: skip
 OTHERS = {
     "modes": "*i32", "lengths": "*i64", "mask": "*u8", "seed": "i64", "dropout_p": "fp32",
@@ -316,13 +400,14 @@ OTHERS = {
 }  # fmt: skip
 INPUTS = [
     "query", "key", "value", "context", "bias", "grad_context", "grad_weights", "grad_scores",
-    "dropped", "rows", "others", "d_rows",
+    "dropped", "d_rows", "source",
 ]  # fmt: skip
 
 PLAIN = {
     "HAS_LENGTHS": True, "HAS_MASK": False, "CAUSAL": False, "DROPOUT": False, "WIDE": False,
     "SCORES": False, "HAS_BIAS": True, "FAST": True, "KEYS": 128, "BM": 64, "BD": 64, "BK": 32,
-    "GRAD_CONTEXT": True, "GRAD_WEIGHTS": False, "GRAD_SCORES": False,
+    "GRAD_CONTEXT": True, "GRAD_WEIGHTS": False, "GRAD_SCORES": False, "BLOCK": kernels.BLOCK,
+    "WITHOUT_NAN": True,
 }  # fmt: skip
 FULL = {
     **PLAIN, "HAS_MASK": True, "CAUSAL": True, "DROPOUT": True, "SCORES": True, "BD": 128,
@@ -386,7 +471,10 @@ def builds() -> list[Any]:
         small = {**FULL, "BN": 32, "BA": 64}
         cases.append((kernels.few_queries_kernel, small, "*bf16", target, None))
         cases.append((kernels.combine_kernel, small, "*bf16", target, None))
-        cases.append((kernels.prepare_kernel, {**small, "BA": 32}, "*bf16", target, None))
+        cases.append((kernels.anchors_kernel, small, "*bf16", target, None))
+        for keys in (True, False):
+            constants = {**small, "BM": 32, "ARE_KEYS": keys}
+            cases.append((kernels.prepare_kernel, constants, "*bf16", target, None))
     return cases
 
 
