@@ -175,13 +175,15 @@ def _by_reference(
     like = primals[0].dtype
     query, key, value, weight, *bias = (t.to(compute_dtype(t.dtype)) for t in primals)
     shape = (query.shape[0], query.shape[1], key.shape[1])
-    allowed = reference.allowed_pairs(shape, lengths, mask, settings.causal, query.device)
+    allowed = None
+    if settings.causal or lengths is not None or mask is not None:
+        allowed = reference.allowed_pairs(shape, lengths, mask, settings.causal, query.device)
     keep = reference.dropout_keep(0 if seed is None else seed, shape, settings.dropout_p, query)
     context, weights, scores = reference.additive_attention(
         query, key, value, weight, bias[0] if bias else None, allowed, keep
     )
     # A score that is not allowed is a constant; its -inf must not meet a derivative.
-    scores = scores.masked_fill(~allowed, 0)
+    scores = scores if allowed is None else scores.masked_fill(~allowed, 0)
     return (
         context.to(like),
         weights.to(like) if settings.want_weights else None,

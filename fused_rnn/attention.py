@@ -131,16 +131,25 @@ class Attention(nn.Module):
             parts.append(f"dropout={self.dropout}")
         return ", ".join(parts)
 
-    def project_memory(self, memory: Tensor) -> Tensor:
+    def project_memory(
+        self, memory: Tensor, *, lengths: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
         """The keys as the score reads them, to be computed once where a memory serves many calls.
 
         Args:
             memory: (B, Tk, key_size).
+            lengths, mask: as in ``forward``. Needed only where what they exclude may be NaN or
+                infinite, which then reaches no gradient.
 
         Returns:
             (B, Tk, hidden_size) for ``additive`` and ``concat``, (B, Tk, query_size) for
             ``general``; for ``dot`` and ``scaled_dot`` memory itself.
         """
+        if lengths is not None or mask is not None:
+            Tk = memory.shape[1]
+            lengths = _check_lengths("lengths", lengths, memory, Tk)
+            _check_mask(mask, memory, None, Tk)
+            memory = _met_by_any(memory, _allowed(lengths, mask, Tk))
         if self.score == "additive":
             return F.linear(memory, self.weight_key)
         if self.score == "concat":
@@ -174,7 +183,7 @@ class Attention(nn.Module):
             query: (B, Tq, query_size), or (B, query_size) for one query per row.
             memory: (B, Tk, key_size).
             value: (B, Tk, value_size), or None for memory.
-            key: what ``project_memory(memory)`` returned, or None to compute it.
+            key: what ``project_memory`` made of memory, or None to compute it.
             lengths: (B,) integers in 0..Tk, on any device: row b has lengths[b] keys.
             mask: bool (B, Tk) or (B, Tq, Tk), True where a query may attend to a key.
             need_weights: False returns None for the weights, which saves memory: ``general``,
@@ -182,7 +191,8 @@ class Attention(nn.Module):
 
         Returns:
             context (B, Tq, value_size) and weights (B, Tq, Tk), without Tq where query has none. A
-            query that may attend to nothing has zero context, weights and gradient.
+            query that may attend to nothing has zero context, weights and gradient. What is
+            excluded reaches neither results nor gradients, NaN and infinity included.
 
         Raises:
             RuntimeError: a shape, dtype, device or length does not fit; the message names it.
@@ -213,7 +223,16 @@ class Attention(nn.Module):
                 f"shape {tuple(memory.shape)} cannot stand for it"
             )
         lengths = _check_lengths("lengths", lengths, query, Tk)
-        _check_mask(mask, queries, Tk)
+        _check_mask(mask, queries, queries.shape[1], Tk)
+        allowed = _allowed(lengths, mask, Tk)
+        fused = self.score in _WITH_TANH  # and leaves out of keys and values what is excluded
+        if allowed is not None:
+            queries = queries.masked_fill(~allowed.any(dim=2, keepdim=True), 0)
+        if key is None or not fused:
+            memory = _met_by_any(memory, allowed)
+        if not fused:
+            key = None if key is None else _met_by_any(key, allowed)
+            value = None if value is None else _met_by_any(value, allowed)
         context, weights = self._attend(
             self._project_query(queries),
             self.project_memory(memory) if key is None else key,
@@ -236,7 +255,10 @@ class Attention(nn.Module):
         mask: Tensor | None = None,
         need_weights: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
-        """``forward`` on projected queries and keys, without its checks; lengths int64 there."""
+        """``forward`` on projected queries and keys, without its checks; lengths int64 there.
+
+        For the product scores, keys and values that nobody meets are finite.
+        """
         dropout = self.dropout if self.training else 0.0
         if self.score in _WITH_TANH:
             result = functional.additive_attention(
@@ -253,6 +275,8 @@ class Attention(nn.Module):
             return (result[0], result[1]) if isinstance(result, tuple) else (result, None)
         scale = 1 / math.sqrt(self.key_size) if self.score == "scaled_dot" else 1.0
         allowed = _allowed(lengths, mask, key.shape[1])
+        if allowed is not None and allowed.shape[1] != 1:
+            query, key, value = _met_in_pairs(query, key, value, allowed)
         nothing = None if allowed is None else ~allowed.any(dim=-1, keepdim=True)
         if allowed is not None and nothing is not None:
             allowed = allowed | nothing  # a row of -inf has no softmax: it gets zeros below
@@ -498,7 +522,9 @@ class AttentionDecoder(nn.Module):
         T = inputs.shape[1]
         if T == 0:
             raise RuntimeError("Expected inputs of more than 0 timesteps")
-        state = self.init_state(memory, hx, lengths=lengths)
+        memory, lengths = self._check_memory(memory, lengths)
+        memory = memory.contiguous()  # once, and not at every step
+        state = self._first_state(memory, hx, lengths)
         _expect_like("inputs", inputs, memory)
         hidden: Tensor | None = None
         query: Tensor | None = None
@@ -537,8 +563,22 @@ class AttentionDecoder(nn.Module):
         Raises:
             RuntimeError: memory or lengths do not fit.
         """
+        memory, lengths = self._check_memory(memory, lengths)
+        return self._first_state(memory, hx, lengths)
+
+    def _check_memory(
+        self, memory: Tensor, lengths: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Memory with zeros for what lengths exclude, and lengths as int64."""
         _expect_shape("memory", memory, (None, None, self.memory_size), ("B", "S", "memory_size"))
         _expect_like("memory", memory, self.output.weight)
+        S = memory.shape[1]
+        lengths = _check_lengths("lengths", lengths, memory, S)
+        return _met_by_any(memory, _allowed(lengths, None, S)), lengths
+
+    def _first_state(
+        self, memory: Tensor, hx: Hidden | None, lengths: Tensor | None
+    ) -> DecoderState:
         B, S, _ = memory.shape
         if hx is None:
             zeros = memory.new_zeros((self.num_layers, B, self.hidden_size))
@@ -550,7 +590,7 @@ class AttentionDecoder(nn.Module):
             key=self.attention.project_memory(memory),
             weights=weights,
             coverage=weights if self.coverage else None,
-            lengths=_check_lengths("lengths", lengths, memory, S),
+            lengths=lengths,
         )
 
     def step(
@@ -566,7 +606,8 @@ class AttentionDecoder(nn.Module):
         Args:
             input: (B, input_size).
             state: of ``init_state`` or of the step before.
-            memory: (B, S, memory_size), the one ``state`` was made of.
+            memory: (B, S, memory_size), the one ``state`` was made of. One that is not contiguous
+                is copied by every step.
             lengths: (B,), or None for those given to ``init_state``.
 
         Returns:
@@ -581,8 +622,17 @@ class AttentionDecoder(nn.Module):
         functional.expect_tensor("input", input, (B, self.input_size), memory)
         _expect_like("memory", memory, self.output.weight)
         _expect_like("input", input, memory)
-        if lengths is not None:
+        fused = self.attention.score in _WITH_TANH
+        given = lengths is not None and lengths is not state.lengths
+        if given:
             state = state._replace(lengths=_check_lengths("lengths", lengths, memory, S))
+        # Keys projected before may be of what these lengths exclude. The fused scores leave those out,
+        # but the gradients of the projection do not.
+        anew = given and (not fused or torch.is_grad_enabled())
+        if anew or not fused:
+            memory = _met_by_any(memory, _allowed(state.lengths, None, S))
+        if anew:
+            state = state._replace(key=self.attention.project_memory(memory))
         hidden, state = self._recur(input, state)
         state = self._attend(self.attention._project_query(hidden), state, memory)
         return self._output(hidden.squeeze(1), state.context), state
@@ -683,6 +733,7 @@ def greedy_decode(
     """
     _expect_positive("max_length", max_length)
     state = decoder.init_state(memory, hx, lengths=lengths)
+    memory = memory.contiguous()  # once, and not at every step
     B = memory.shape[0]
     token = torch.full((B,), bos, dtype=torch.int64, device=memory.device)
     ended = torch.zeros_like(token, dtype=torch.bool)
@@ -838,6 +889,31 @@ def _allowed(lengths: Tensor | None, mask: Tensor | None, Tk: int) -> Tensor | N
     return allowed
 
 
+def _met_by_any(keys: Tensor, allowed: Tensor | None) -> Tensor:
+    """Keys or values (B, Tk, n) with zeros where no query may attend, if there are such."""
+    if allowed is None:
+        return keys
+    return keys.masked_fill(~allowed.any(dim=1).unsqueeze(-1), 0)
+
+
+def _met_in_pairs(
+    query: Tensor, key: Tensor, value: Tensor, allowed: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The three such that what is not finite reaches those queries alone that may attend to it.
+
+    These become NaN, as a product of theirs would. Keys and values that are not finite become
+    zeros, which other queries may multiply by zero.
+    """
+    odd_key = ~key.isfinite().all(dim=-1)
+    odd_value = ~value.isfinite().all(dim=-1)
+    meets = (allowed & (odd_key | odd_value).unsqueeze(1)).any(dim=-1, keepdim=True)
+    return (
+        query.masked_fill(meets, torch.nan),
+        key.masked_fill(odd_key.unsqueeze(-1), 0),
+        value.masked_fill(odd_value.unsqueeze(-1), 0),
+    )
+
+
 def _expect_option(name: str, given: str, options: tuple[str, ...]) -> None:
     if given not in options:
         known = ", ".join(f"'{option}'" for option in options)
@@ -900,16 +976,20 @@ def _check_lengths(name: str, lengths: Tensor | None, like: Tensor, limit: int) 
     return lengths.to(device=like.device, dtype=torch.int64, non_blocking=True)
 
 
-def _check_mask(mask: Tensor | None, query: Tensor, Tk: int) -> None:
+def _check_mask(mask: Tensor | None, like: Tensor, Tq: int | None, Tk: int) -> None:
+    """Refuses a mask that does not fit ``like`` (B, ...); Tq of None stands for any number."""
     if mask is None:
         return
     _expect_tensor("mask", mask)
-    B, Tq, _ = query.shape
+    B = like.shape[0]
+    if Tq is None and mask.dim() == 3:
+        Tq = mask.shape[1]
     if tuple(mask.shape) not in ((B, Tk), (B, Tq, Tk)):
         raise RuntimeError(
-            f"Expected mask of shape {(B, Tk)} or {(B, Tq, Tk)}, got {tuple(mask.shape)}"
+            f"Expected mask of shape {(B, Tk)} or ({B}, {'Tq' if Tq is None else Tq}, {Tk}), got "
+            f"{tuple(mask.shape)}"
         )
     if mask.dtype != torch.bool:
         raise RuntimeError(f"Expected mask of dtype torch.bool, got {mask.dtype}")
-    if mask.device != query.device:
-        raise RuntimeError(f"Expected mask on {query.device}, got {mask.device}")
+    if mask.device != like.device:
+        raise RuntimeError(f"Expected mask on {like.device}, got {mask.device}")

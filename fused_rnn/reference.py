@@ -452,7 +452,8 @@ def additive_attention(
 
     Args:
         query: (B, Tq, A). key: (B, Tk, A). value: (B, Tk, D). weight, bias: (A,).
-        allowed: bool, broadcastable to (B, Tq, Tk), True where i may attend to j.
+        allowed: bool, broadcastable to (B, Tq, Tk), True where i may attend to j. Of the other pairs
+            nothing reaches a result or a gradient, NaN and infinity included.
         keep: (B, Tq, Tk), factors of dropout on the weights: 0 or 1 / (1 - p).
 
     Returns:
@@ -460,17 +461,27 @@ def additive_attention(
         not be attended to. A row without any allowed key has zero context and weights.
     """
     pairs = query.unsqueeze(2) + key.unsqueeze(1)
-    scores = torch.tanh(pairs if bias is None else pairs + bias) @ weight
+    pairs = pairs if bias is None else pairs + bias
+    if allowed is not None:
+        allowed = allowed.expand(pairs.shape[:3])
+        pairs = pairs.masked_fill(~allowed.unsqueeze(-1), 0)
+    scores = torch.tanh(pairs) @ weight
     if allowed is None:
         weights = torch.softmax(scores, dim=-1)
     else:
-        allowed = allowed.expand_as(scores)
         nothing = ~allowed.any(dim=-1, keepdim=True)
         # A row of -inf has no softmax, nor a gradient; it gets zeros in its stead.
         weights = torch.softmax(scores.masked_fill(~allowed & ~nothing, -torch.inf), dim=-1)
         weights = weights.masked_fill(nothing, 0)
         scores = scores.masked_fill(~allowed, -torch.inf)
-    return (weights if keep is None else weights * keep) @ value, weights, scores
+    kept = weights if keep is None else weights * keep
+    if allowed is None:
+        return kept @ value, weights, scores
+    # A weight of zero would not keep NaN out. Who may attend to what is not finite gets NaN.
+    odd = ~value.isfinite()
+    met = allowed.to(value.dtype) @ odd.to(value.dtype) > 0
+    context = (kept @ value.masked_fill(odd, 0)).masked_fill(met, torch.nan)
+    return context, weights, scores
 
 
 def allowed_pairs(

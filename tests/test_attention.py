@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import assert_close_like_torch, assert_equal
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -165,6 +166,61 @@ def test_adversarial_rows(dtype, tolerance, queries):
     assert_close(outputs_and_gradients(fused, small), exact, tolerance)
 
 
+NAMES = ("context", "weights", "scores", "d_query", "d_key", "d_value", "d_weight", "d_bias")
+
+# The spread of queries and keys, that of the score vector, the channels.
+ACCURACY = {
+    "everyday": (1.0, 10.0, 64),
+    "small": (1e-3, 10.0, 64),
+    "small, heavy": (1e-3, 300.0, 64),
+    "wide": (3.0, 1.0, 64),
+    "direct": (12.0, 1.0, 20),
+    "many channels": (1.0, 0.1, 300),
+    "few channels": (1.0, 1.0, 3),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("queries", [2, 33])
+@pytest.mark.parametrize("kind", ACCURACY)
+def test_as_accurate_as_plain_torch(kind, queries, dtype):
+    """At most twice the error of the formula in the same dtype; neither sums nor slopes cancel."""
+    spread, heavy, channels = ACCURACY[kind]
+    ours, torchs, exact = [], [], []
+    for draw in range(6):
+        tensors = inputs((4, queries, 40, channels, 8), spread)
+        tensors["bias"] *= spread
+        tensors["weight"] *= heavy * math.sqrt(channels)
+        if draw % 2:  # of one sign, as the sums that cancel like it least
+            tensors["weight"] = tensors["weight"].abs()
+        small = leaves(tensors, dtype)
+        for found, call, given in (
+            (ours, fused, small),
+            (torchs, by_reference, small),
+            (exact, by_reference, leaves(small, F64)),
+        ):
+            found.append(dict(zip(NAMES, outputs_and_gradients(call, given, (0,)), strict=True)))
+    assert_close_like_torch(ours, torchs, exact)
+
+
+def test_an_offset_between_queries_and_keys_costs_nothing():
+    """Large and opposite, whatever they sum up to: their difference is exact in plain torch."""
+    ours, torchs, exact = [], [], []
+    for _ in range(6):
+        tensors = inputs((4, 33, 40, 64, 8), 1e-2, bias=False)
+        tensors["query"] += 3
+        tensors["key"] -= 3
+        small = leaves(tensors, torch.float32)
+        for found, call, given in (
+            (ours, fused, small),
+            (torchs, by_reference, small),
+            (exact, by_reference, leaves(small, F64)),
+        ):
+            results = outputs_and_gradients(call, given, (0,))
+            found.append(dict(zip(NAMES, results, strict=False)))
+    assert_close_like_torch(ours, torchs, exact)
+
+
 def test_a_row_with_nothing_to_attend_gives_zeros():
     tensors = leaves(inputs((2, 5, 7, 6, 4)))
     mask = torch.ones(2, 5, 7, dtype=torch.bool)
@@ -192,6 +248,95 @@ def test_garbage_beyond_lengths_does_not_leak(value):
         found = outputs_and_gradients(fused, leaves(dirty), lengths=lengths)
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+ODD = (math.nan, math.inf, -math.inf)
+
+
+def allowed_of(shape: tuple[int, ...], options: dict[str, Any]) -> Tensor:
+    mask = options.get("mask")
+    if mask is not None and mask.dim() == 2:
+        mask = mask.unsqueeze(1)
+    causal = options.get("causal", False)
+    return reference.allowed_pairs(shape[:3], options.get("lengths"), mask, causal, "cpu")
+
+
+def planted(clean: dict[str, Any], allowed: Tensor) -> dict[str, Any]:
+    """With NaN and infinities for queries that attend to nothing, and keys that nobody meets."""
+    dirty = {k: None if t is None else t.clone() for k, t in clean.items()}
+    for name, met in (("query", allowed.any(2)), ("key", allowed.any(1)), ("value", allowed.any(1))):
+        for n, place in enumerate((~met).nonzero().tolist()):
+            dirty[name][tuple(place)] = ODD[n % 3]
+    return dirty
+
+
+def excluding(kind: str, shape: tuple[int, ...]) -> dict[str, Any]:
+    """As masks, with a key that nobody meets and a query that attends to nothing."""
+    options = masks(kind, shape)
+    if "mask" in options:
+        options["mask"][0, ..., 1:3] = False
+        options["mask"][-1, 0] = False
+    return options
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["lengths", "keys", "pairs", "all"])
+@pytest.mark.parametrize("name", ["odd", "one query", "three queries", "several tiles"])
+def test_nothing_excluded_reaches_a_result_or_a_gradient(name, kind, dtype):
+    shape = SHAPES[name]
+    clean, options = inputs(shape), excluding(kind, shape)
+    dirty = planted(clean, allowed_of(shape, options))
+    assert name == "several tiles" and kind == "lengths" or not dirty["key"].isfinite().all()
+    expected, found = (
+        dict(zip(NAMES, outputs_and_gradients(fused, leaves(t, dtype), **options), strict=True))
+        for t in (clean, dirty)
+    )
+    assert_equal(found, expected)
+
+
+@pytest.mark.parametrize("name", ["key", "value"])
+@pytest.mark.parametrize("kind", ["pairs", "causal"])
+@pytest.mark.parametrize("queries", [3, 40])
+@pytest.mark.parametrize("value", ODD)
+def test_who_may_not_attend_to_nan_does_not_notice(name, kind, queries, value):
+    """One key, or its value, is odd, and some queries may attend to it."""
+    shape = (2, queries, 40, 16, 12)
+    clean = inputs(shape)
+    if kind == "causal":
+        options: dict[str, Any] = {"causal": True}
+    else:
+        options = {"mask": torch.rand(shape[:3]) < 0.6}
+    meets = allowed_of(shape, options)[:, :, 2] & torch.tensor([[True], [False]])
+    assert meets.any() and not meets.all()
+    dirty = {k: t.clone() for k, t in clean.items()}
+    dirty[name][0, 2, 1] = value
+    expected, found = (
+        dict(zip(NAMES, outputs_and_gradients(fused, leaves(t), **options), strict=True))
+        for t in (clean, dirty)
+    )
+    for result in ("context", "weights", "scores", "d_query"):
+        assert torch.equal(found[result][~meets], expected[result][~meets]), result
+    exact = by_reference(leaves(dirty), **options)[0].detach()
+    assert torch.equal(found["context"].isfinite(), exact.isfinite())
+
+
+@pytest.mark.parametrize("kind", ["lengths", "keys", "pairs", "all"])
+@pytest.mark.parametrize("queries", [2, 5])
+def test_nothing_excluded_reaches_a_second_derivative(queries, kind):
+    shape = (3, queries, 6, 3, 2)
+    clean, options = inputs(shape), excluding(kind, shape)
+    results = []
+    for tensors in (clean, planted(clean, allowed_of(shape, options))):
+        given = leaves(tensors)
+        context, weights, scores = fused(given, **options)
+        seen = scores.masked_fill(scores == -torch.inf, 0)
+        loss = context.square().sum() + weights.square().sum() + seen.sin().sum()
+        first = torch.autograd.grad(loss, list(given.values()), create_graph=True)
+        met = sum(g.masked_fill(~t.isfinite(), 0).square().sum() for g, t in
+                  zip(first, given.values(), strict=True))  # fmt: skip
+        second = torch.autograd.grad(met, list(given.values()))
+        results.append(dict(enumerate([*first, *second])))
+    assert_equal(results[1], results[0])
 
 
 def test_nan_propagates():

@@ -269,6 +269,66 @@ def test_attention_has_no_nan_on_the_way(score: str, need_weights: bool) -> None
         evaluate(call, attention, tensors)
 
 
+ODD = (math.nan, math.inf, -math.inf)
+
+
+def planted(tensors: Named, met: Named) -> Named:
+    """With NaN and infinities in rows of ``tensors`` that are not ``met`` (bool, of their rows)."""
+    dirty = {name: t.clone() for name, t in tensors.items()}
+    for name, rows in met.items():
+        for n, place in enumerate((~rows).nonzero().tolist()):
+            dirty[name][tuple(place)] = ODD[n % 3]
+    return dirty
+
+
+@pytest.mark.parametrize("projected", (False, True))
+@pytest.mark.parametrize("need_weights", (True, False))
+@pytest.mark.parametrize("kind", ("lengths", "keys", "pairs", "both"))
+@pytest.mark.parametrize("score", SCORES)
+def test_nothing_excluded_reaches_attention(
+    score: str, kind: str, need_weights: bool, projected: bool
+) -> None:
+    """Not even NaN, neither results nor the gradients of inputs and parameters."""
+    attention, tensors = attention_case(score)
+    restriction, allowed = masking(kind)
+    if kind in ("pairs", "both"):
+        allowed[0, :, 3] = restriction["mask"][0, :, 3] = False
+
+    def call(query: Tensor, memory: Tensor, value: Tensor) -> Named:
+        key = attention.project_memory(memory, **restriction) if projected else None
+        fixed = {"key": key, "need_weights": need_weights, **restriction}
+        return named_attention(attention, **fixed)(query=query, memory=memory, value=value)
+
+    met = {"query": allowed.any(2), "memory": allowed.any(1), "value": allowed.any(1)}
+    dirty = planted(tensors, met)
+    assert not any(t.isfinite().all() for t in dirty.values())
+    assert_equal(evaluate(call, attention, dirty), evaluate(call, attention, tensors))
+
+
+@pytest.mark.parametrize("name", ("memory", "value"))
+@pytest.mark.parametrize("need_weights", (True, False))
+@pytest.mark.parametrize("score", SCORES)
+def test_who_may_not_attend_to_nan_does_not_notice(
+    score: str, need_weights: bool, name: str
+) -> None:
+    attention, tensors = attention_case(score)
+    mask = torch.ones(3, QUERIES, KEYS).tril().bool()
+    call = named_attention(attention, need_weights=need_weights, mask=mask)
+    meets = mask[:, :, 2] & torch.tensor([[True], [False], [False]])
+    dirty = {k: t.clone() for k, t in tensors.items()}
+    dirty[name][0, 2, 1] = math.nan
+    found, expected = evaluate(call, attention, dirty), evaluate(call, attention, tensors)
+    for result in found.keys() & {"context", "weights", "grad_query"}:
+        torch.testing.assert_close(found[result][~meets], expected[result][~meets])
+    assert found["context"][meets].isnan().any(-1).all()
+
+
+def test_project_memory_refuses_a_mask_of_another_shape() -> None:
+    attention, tensors = attention_case("additive")
+    with pytest.raises(RuntimeError, match=r"mask of shape \(3, 5\) or \(3, Tq, 5\), got \(3, 4\)"):
+        attention.project_memory(tensors["memory"], mask=torch.ones(3, 4, dtype=torch.bool))
+
+
 @pytest.mark.parametrize("need_weights", (True, False))
 @pytest.mark.parametrize("score", SCORES)
 def test_attention_of_one_query_per_row(score: str, need_weights: bool) -> None:
@@ -481,6 +541,54 @@ def test_decoder_is_the_loop(
     assert ours["weights"][2].eq(0).all() and ours["contexts"][2].eq(0).all()
     assert ours["grad_memory"][2].eq(0).all() and ours["grad_memory"][1, 2:].eq(0).all()
     assert_near(evaluate(named_decoder(by_steps(decoder), LENGTHS), decoder, tensors), expected)
+
+
+@pytest.mark.parametrize(
+    ("attention", "coverage", "feeding"),
+    sorted({(attention, coverage, feeding) for _, attention, coverage, feeding, _ in COMBINATIONS}),
+)
+def test_nothing_excluded_reaches_a_decoder(attention: str, coverage: bool, feeding: bool) -> None:
+    """By ``forward``, by ``step``, and where ``step`` is the first to hear of the lengths."""
+    decoder, tensors = decoder_case(
+        "gru", attention, coverage=coverage, input_feeding=feeding
+    )
+    dirty = planted(tensors, {"memory": torch.arange(S) < LENGTHS.unsqueeze(1)})
+
+    def told_late(inputs: Tensor, memory: Tensor, hx: Tensor, *, lengths: Tensor) -> Any:
+        state = decoder.init_state(memory, hx)
+        outputs, contexts, weights = [], [], []
+        for input in inputs.unbind(1):
+            output, state = decoder.step(input, state, memory, lengths=lengths)
+            outputs.append(output)
+            contexts.append(state.context)
+            weights.append(state.weights)
+        return *(torch.stack(s, 1) for s in (outputs, contexts, weights)), state.hx
+
+    for call in (decoder, by_steps(decoder), told_late):
+        run = named_decoder(call, LENGTHS)
+        assert_equal(evaluate(run, decoder, dirty), evaluate(run, decoder, tensors))
+    with torch.no_grad():
+        run = named_decoder(told_late, LENGTHS)
+        assert_equal(run(**dirty), run(**tensors))
+
+
+@pytest.mark.parametrize("attention", ("additive", "location", "dot"))
+def test_a_transposed_memory_is_copied_once(attention: str) -> None:
+    decoder, tensors = decoder_case("gru", attention)
+    memory = tensors["memory"].transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
+
+    def copies(memory: Tensor, steps: int) -> int:
+        inputs = tensors["inputs"][:, :1].expand(B, steps, 3)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            outputs, *_ = decoder(inputs, memory)
+            outputs.sum().backward()
+        return sum(event.count for event in profile.key_averages() if event.key == "aten::copy_")
+
+    def more(steps: int) -> int:
+        straight = tensors["memory"].clone().requires_grad_()
+        return copies(memory, steps) - copies(straight, steps)
+
+    assert more(2) == more(7) > 0
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
