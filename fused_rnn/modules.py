@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,10 @@ _TorchLSTM = nn.LSTM
 States = tuple[Tensor, ...]  # (h,) or, for LSTM, (h, c)
 
 _SEQUENCES = (0, 3)  # the places of output and cells among a layer's results
+
+# What a layer says of itself as __module__, which its class does not. A tracer of torch.fx asks a
+# module for it, and does not look into those of torch.nn.
+LEAF = "torch.nn"
 
 
 class _Options:
@@ -45,15 +51,18 @@ class _Options:
         "weight_dropout": 0.0,
     }
 
+    def _chosen(self) -> dict[str, Any]:
+        """The options that are not at their defaults."""
+        options = {name: getattr(self, name) for name in self._DEFAULTS}
+        return {name: value for name, value in options.items() if value != self._DEFAULTS[name]}
+
     def extra_repr(self) -> str:
-        chosen = {name: getattr(self, name) for name in self._DEFAULTS}
         text: str = super().extra_repr()  # type: ignore[misc]
-        return text + "".join(
-            f", {name}={value}" for name, value in chosen.items() if value != self._DEFAULTS[name]
-        )
+        return text + "".join(f", {name}={value}" for name, value in self._chosen().items())
 
     def _set_options(self, **chosen: Any) -> bool:
         """Checks and keeps the options; whether one of them asks for other weights than torch's."""
+        self.__module__ = LEAF
         for name, value in chosen.items():
             is_flag = isinstance(self._DEFAULTS[name], bool) and name != "layer_norm"
             if is_flag and not isinstance(value, bool):
@@ -102,6 +111,9 @@ class _Options:
         for name, parameter in self.named_parameters(recurse=False):  # type: ignore[attr-defined]
             if name.startswith("ln_"):
                 torch.nn.init.constant_(parameter, 1.0 if "_weight" in name else 0.0)
+
+
+OWN_ATTRIBUTES = ("__module__", *_Options._DEFAULTS)  # that torch.nn's layers do not have
 
 
 class _Layer(_Options, RNNBase):
@@ -272,21 +284,25 @@ class _Layer(_Options, RNNBase):
             self.check_input(input, batch_sizes)
         else:
             self.check_forward_args(input, self._pack_states(states), batch_sizes)
-        if batch_sizes is not None and not functional.takes_packed(input):
-            padded, lengths = pad_packed_sequence(PackedSequence(input, batch_sizes))
-            results = self._call(padded, states, False, lengths, resets, return_cells)
-            return [
-                pack_padded_sequence(t, lengths).data if i in _SEQUENCES else t
-                for i, t in enumerate(results)
-            ]
+        padded = batch_sizes is not None and not functional.takes_packed(input)
+        if padded:
+            _check_batch_sizes(batch_sizes, input)  # type: ignore[arg-type]
+            packed = PackedSequence(input, batch_sizes)
+            (input, lengths), batch_sizes = pad_packed_sequence(packed), None
         layers = checks.Layers(
             self._cell(), self.bias, self.num_layers, self.dropout, self.training,
             self.bidirectional, batch_first, self._options(),
         )  # fmt: skip
-        return functional.run(
+        results = functional.run(
             layers, input, () if states is None else states, self._weights(), lengths, resets,
             return_cells, batch_sizes,
         )  # fmt: skip
+        if padded:
+            return [
+                pack_padded_sequence(t, lengths).data if i in _SEQUENCES else t  # type: ignore[arg-type]
+                for i, t in enumerate(results)
+            ]
+        return results
 
     def _weights(self) -> list[Tensor]:
         # By name, not from _flat_weights, which parametrizations and functional_call leave behind.
@@ -295,6 +311,50 @@ class _Layer(_Options, RNNBase):
             return [parameters[name] for name in self._flat_weights_names]  # type: ignore[misc]
         except KeyError:
             return [getattr(self, name) for name in self._flat_weights_names]
+
+
+def _check_batch_sizes(batch_sizes: Tensor, data: Tensor) -> None:
+    """Names what is wrong with a PackedSequence: torch's own ops write where batch_sizes say."""
+    if batch_sizes.shape == (0,):
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+    if batch_sizes.dim() != 1 or batch_sizes.dtype != torch.int64:
+        raise RuntimeError(
+            "Expected batch_sizes of shape (T) and dtype torch.int64, got "
+            f"{tuple(batch_sizes.shape)} and {batch_sizes.dtype}"
+        )
+    if torch.compiler.is_compiling():
+        return  # their values are not known
+    sizes: list[int] = batch_sizes.tolist()
+    if sizes[-1] < 1 or sizes != sorted(sizes, reverse=True):
+        raise RuntimeError(f"Expected batch_sizes of at least 1 that never increase, got {sizes}")
+    if sum(sizes) != data.size(0):
+        raise RuntimeError(
+            f"Expected batch_sizes that add up to the {data.size(0)} rows of data, got {sizes}"
+        )
+
+
+F = TypeVar("F", bound=Callable[..., None])
+
+
+def _without_projection(init: F) -> F:
+    """Takes what torch.nn's RNN and GRU take beside the arguments that they document.
+
+    They hand positional arguments after ``bidirectional`` to RNNBase, for which the first of these
+    is proj_size; by its name they refuse it.
+    """
+    kinds = [parameter.kind for parameter in inspect.signature(init).parameters.values()]
+    documented = kinds.count(inspect.Parameter.POSITIONAL_OR_KEYWORD) - 1  # without self
+
+    @functools.wraps(init)
+    def take(self: Any, *args: Any, **kwargs: Any) -> None:
+        args, (proj_size, *more) = args[:documented], args[documented:] or (0,)
+        if not isinstance(proj_size, int):
+            raise TypeError(f"proj_size should be of type int, got: {type(proj_size).__name__}")
+        if "proj_size" in kwargs or proj_size:
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+        init(self, *args, **dict(zip(("device", "dtype"), more, strict=False)), **kwargs)
+
+    return take  # type: ignore[return-value]
 
 
 class RNN(_Layer):
@@ -339,29 +399,33 @@ class RNN(_Layer):
     (hidden_size), with ``_reverse`` appended for the second direction.
     """
 
+    @_without_projection
     def __init__(
         self,
-        *args: Any,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: str = "tanh",
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        *,
+        device: Any = None,
+        dtype: Any = None,
         num_heads: int = 1,
         layer_norm: bool | str = False,
         layer_norm_eps: float = 1e-5,
         zoneout: float = 0.0,
         recurrent_dropout: float = 0.0,
         weight_dropout: float = 0.0,
-        **kwargs: Any,
     ) -> None:
-        if "proj_size" in kwargs:
-            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
-        if len(args) > 3:
-            self.nonlinearity = args[3]
-            args = args[:3] + args[4:]
-        else:
-            self.nonlinearity = kwargs.pop("nonlinearity", "tanh")
-        if self.nonlinearity not in ("tanh", "relu"):
-            raise ValueError(
-                f"Unknown nonlinearity '{self.nonlinearity}'. Select from 'tanh' or 'relu'."
-            )
-        super().__init__(f"RNN_{self.nonlinearity.upper()}", *args, **kwargs)
+        self.nonlinearity = nonlinearity
+        mode = functional.rnn_cell(nonlinearity).upper()
+        RNNBase.__init__(
+            self, mode, input_size, hidden_size, num_layers, bias, batch_first, dropout,
+            bidirectional, device=device, dtype=dtype,
+        )  # fmt: skip
         if self._set_options(
             num_heads=num_heads, layer_norm=layer_norm,
             layer_norm_eps=layer_norm_eps, zoneout=zoneout,
@@ -421,9 +485,19 @@ class GRU(_Layer):
             n = tanh(W_in x_t + b_in + W_hn (r h_{t-1}) + b_hn).
     """
 
+    @_without_projection
     def __init__(
         self,
-        *args: Any,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        *,
+        device: Any = None,
+        dtype: Any = None,
         reset_after: bool = True,
         num_heads: int = 1,
         layer_norm: bool | str = False,
@@ -431,11 +505,11 @@ class GRU(_Layer):
         zoneout: float = 0.0,
         recurrent_dropout: float = 0.0,
         weight_dropout: float = 0.0,
-        **kwargs: Any,
     ) -> None:
-        if "proj_size" in kwargs:
-            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
-        super().__init__("GRU", *args, **kwargs)
+        RNNBase.__init__(
+            self, "GRU", input_size, hidden_size, num_layers, bias, batch_first, dropout,
+            bidirectional, device=device, dtype=dtype,
+        )  # fmt: skip
         if self._set_options(
             reset_after=reset_after, num_heads=num_heads, layer_norm=layer_norm,
             layer_norm_eps=layer_norm_eps,
@@ -536,7 +610,17 @@ class LSTM(_LayerWithC):
 
     def __init__(
         self,
-        *args: Any,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: Any = None,
+        dtype: Any = None,
+        *,
         peephole: bool = False,
         coupled: bool = False,
         num_heads: int = 1,
@@ -545,9 +629,11 @@ class LSTM(_LayerWithC):
         zoneout: float | tuple[float, float] = 0.0,
         recurrent_dropout: float = 0.0,
         weight_dropout: float = 0.0,
-        **kwargs: Any,
     ) -> None:
-        super().__init__("LSTM", *args, **kwargs)
+        RNNBase.__init__(
+            self, "LSTM", input_size, hidden_size, num_layers, bias, batch_first, dropout,
+            bidirectional, proj_size, device, dtype,
+        )  # fmt: skip
         if self._set_options(
             peephole=peephole, coupled=coupled, num_heads=num_heads, layer_norm=layer_norm,
             layer_norm_eps=layer_norm_eps,
@@ -609,7 +695,9 @@ class _Cell(_Options, RNNCellBase):
         if has_biases:
             weights += [bias_ih, bias_hh]
         weights += [getattr(self, name) for name in self._own_weights]
-        layers = checks.Layers(cell, has_biases, train=self.training, options=self._options())
+        options = self._options()  # without which nothing asks for the mode
+        train = options is not None and self.training
+        layers = checks.Layers(cell, has_biases, train=train, options=options)
         result = functional.step(layers, input, states or (), weights)
         return result if batched else tuple(s.squeeze(0) for s in result)
 

@@ -16,6 +16,7 @@ from lost_device import (  # noqa: F401  hooks
 )
 
 import fused_rnn._C
+from fused_rnn import functional
 
 # cuBLAS refuses deterministic mode without it, and reads it when CUDA starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -37,6 +38,30 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def device(request: pytest.FixtureRequest) -> str:
     return request.param
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "route" in metafunc.fixturenames:
+        routes = [pytest.param("plain", id=pytest.HIDDEN_PARAM), "as_on_cuda"]
+        if metafunc.definition.get_closest_marker("one_route"):
+            routes = routes[:1]
+        metafunc.parametrize("route", routes, indirect=True)
+
+
+@pytest.fixture
+def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways that a call can take, for a file that says ``pytest.mark.usefixtures("route")``.
+
+    A "plain" tensor on the CPU goes to ops that check what they are given, and stays packed. What
+    goes "as_on_cuda" is checked in Python, and padded. Tests that are not about calls, or about the
+    one way only, are marked ``one_route``.
+    """
+    if request.param == "as_on_cuda":
+        if "device" in request.fixturenames and request.getfixturevalue("device") == "cuda":
+            pytest.skip("on CUDA there is no other way")
+        monkeypatch.setattr(functional, "_is_plain_on_cpu", lambda tensor: False)
+    way: str = request.param
+    return way
 
 
 @pytest.fixture(autouse=True)

@@ -33,7 +33,7 @@ import fused_rnn
 from fused_rnn import functional, ops
 from fused_rnn.cells import Call, Rest
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "route")
 
 FACTORS: dict[str, tuple[Any, ...]] = {
     "num_layers": (1, 2, 3),
@@ -230,6 +230,7 @@ def test_strided_weights(cell: str, how: str, device: str) -> None:
     assert_near(run(ours, x, hx, call=call), run(theirs, x, hx))
 
 
+@pytest.mark.one_route
 @pytest.mark.parametrize("cell", LAYERS)
 def test_initial_values(cell: str) -> None:
     name, chosen = LAYERS[cell]
@@ -346,6 +347,7 @@ def layer_ops(
     return [*(values_by_unit(t, H, lengths) for t in forward), *backward]
 
 
+@pytest.mark.one_route
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 @pytest.mark.parametrize("variant", ["plain", "ragged", "projected"])
 @pytest.mark.parametrize("split", SPLITS)
@@ -382,6 +384,7 @@ def test_runs_are_bitwise_equal(cell: str, device: str) -> None:
     assert_equal(runs[2], runs[0])
 
 
+@pytest.mark.one_route
 @pytest.mark.parametrize("isa", ["avx512_bf16", "avx512", "avx2", "portable"])
 def test_every_instruction_set(isa: str) -> None:
     """A sample of these tests in a process of its own: the choice is made once per process."""
@@ -418,6 +421,7 @@ def test_every_instruction_set(isa: str) -> None:
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
 
+@pytest.mark.one_route
 def test_unknown_instruction_set_is_refused() -> None:
     done = subprocess.run(
         [sys.executable, "-c", "import fused_rnn._C as C; C.active_instruction_set()"],

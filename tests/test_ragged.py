@@ -25,7 +25,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fused_rnn
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "route")
 
 T, B, I, H = 6, 5, 3, 19  # noqa: E741
 
@@ -350,9 +350,10 @@ PACKED_LENGTHS = {True: [6, 5, 3, 2, 1], False: [3, 6, 2, 1, 5]}  # by enforce_s
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("cell", LAYERS)
 def test_packed_is_lengths_bitwise(
-    cell: str, shape: str, enforce_sorted: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Outputs and gradients, without and with states, resets and cells; and nothing is padded."""
+    cell: str, shape: str, enforce_sorted: bool, dtype: torch.dtype, route: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Outputs and gradients, without and with states, resets and cells; plain data stay packed."""
     if shape == "projected" and cell != "lstm":
         return
     layer = fused(cell, I, H, **SHAPES[shape], dtype=dtype)
@@ -370,8 +371,9 @@ def test_packed_is_lengths_bitwise(
         given = given._replace(data=given.data.repeat_interleave(2, 1)[:, ::2])
         return tuple(map(unpacked, layer(given, hx, **options)))
 
-    for name in ("pad_packed_sequence", "pack_padded_sequence"):
-        monkeypatch.delattr(fused_rnn.modules, name)
+    if route == "plain":
+        for name in ("pad_packed_sequence", "pack_padded_sequence"):
+            monkeypatch.delattr(fused_rnn.modules, name)
     resets = torch.rand(*x.shape[:2]) < 0.3
     all_options: dict[str, Any] = {"resets": resets}
     all_options |= {"return_cells": True} if cell == "lstm" else {}
@@ -380,6 +382,7 @@ def test_packed_is_lengths_bitwise(
         assert_equal(run(layer, x, hx, call=packed, **options), expected)
 
 
+@pytest.mark.one_route
 @pytest.mark.parametrize("cell", LAYERS)
 def test_packed_dropout_is_that_of_the_data(cell: str) -> None:
     """As in torch.nn: elements that exist are drawn for, and no others."""
@@ -586,6 +589,7 @@ def test_random_configurations(config: dict[str, Any]) -> None:
     assert_near(run(layer, x, hx, **ragged), expected)
 
 
+@pytest.mark.one_route
 def test_reference_agrees_with_torch() -> None:
     """The specification itself, where torch.nn can say the same."""
     for cell in LAYERS:

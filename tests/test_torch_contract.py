@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import pickle
 import warnings
@@ -14,10 +15,13 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
 
 import fused_rnn
+from fused_rnn import user_cells
 
 LAYERS = ["RNN", "LSTM", "GRU"]
 CELLS = ["RNNCell", "LSTMCell", "GRUCell"]
 T, B, I, H = 5, 2, 4, 3  # noqa: E741
+
+pytestmark = pytest.mark.usefixtures("route")
 
 layers = pytest.mark.parametrize("name", LAYERS)
 cells = pytest.mark.parametrize("name", CELLS)
@@ -181,6 +185,7 @@ def shown(case):
     return ",".join([*map(repr, args), *(f"{k}={v!r}" for k, v in kwargs.items())])
 
 
+@pytest.mark.one_route
 @every
 @pytest.mark.parametrize("case", BOTH, ids=shown)
 def test_constructor_like_torch(name, case):
@@ -188,6 +193,7 @@ def test_constructor_like_torch(name, case):
     assert construction(getattr(fused_rnn, name), *case) == theirs
 
 
+@pytest.mark.one_route
 @layers
 @pytest.mark.parametrize("case", LAYERS_ONLY, ids=shown)
 def test_layer_constructor_like_torch(name, case):
@@ -205,6 +211,7 @@ FULL = {
 }
 
 
+@pytest.mark.one_route
 @every
 def test_positional_arguments(name):
     for count in range(len(FULL[name]) + 1):
@@ -218,6 +225,48 @@ def test_positional_arguments(name):
     assert construction(getattr(fused_rnn, name), args, {}) == theirs
 
 
+def written_out(function):
+    """The parameters of a signature, all of which have names, without self."""
+    parameters = inspect.signature(function).parameters
+    starred = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    assert all(parameter.kind not in starred for parameter in parameters.values())
+    return [name for name in parameters if name != "self"]
+
+
+@pytest.mark.one_route
+@every
+def test_arguments_are_written_out(name):
+    documented = ["input_size", "hidden_size", "num_layers", "nonlinearity", "bias", "batch_first",
+                  "dropout", "bidirectional", "proj_size", "device", "dtype"]  # fmt: skip
+    if name in CELLS:
+        documented = ["input_size", "hidden_size", "bias", "nonlinearity", "device", "dtype"]
+    if not name.startswith("RNN"):
+        documented.remove("nonlinearity")
+    if name in ("RNN", "GRU"):
+        documented.remove("proj_size")
+    cls = getattr(fused_rnn, name)
+    found = written_out(cls)
+    assert found[: len(documented)] == documented
+    assert {"num_heads", "layer_norm", "zoneout"} <= set(found)
+    keywords = [] if name in CELLS else ["lengths", "resets"] + ["return_cells"] * is_lstm(name)
+    assert written_out(cls.forward) == ["input", "hx", *keywords]
+    assert "num_heads" in written_out(user_cells._OfUser)
+
+
+@pytest.mark.one_route
+@pytest.mark.parametrize("name, count", [("RNN", 8), ("GRU", 7)])
+def test_projection_of_a_layer_that_has_none(name, count):
+    """torch.nn's constructors hand on what comes after bidirectional: proj_size, device, dtype."""
+    args = (4, 3, 2, *(("tanh",) if name == "RNN" else ()), True, False, 0.0, False)
+    assert len(args) == count
+    more = (0, "meta", torch.float64)
+    theirs = construction(getattr(nn, name), (*args, *more), {})
+    assert construction(getattr(fused_rnn, name), (*args, *more), {}) == theirs
+    with pytest.raises(ValueError, match="proj_size"):
+        getattr(fused_rnn, name)(*args, 2)
+
+
+@pytest.mark.one_route
 @every
 def test_attributes(name):
     theirs, ours = pair(name, *FULL[name])
@@ -230,6 +279,7 @@ def test_attributes(name):
     assert ours._version == theirs._version
 
 
+@pytest.mark.one_route
 @every
 @pytest.mark.parametrize(
     "kwargs",
@@ -242,6 +292,7 @@ def test_repr(name, kwargs):
     assert ours.extra_repr() == theirs.extra_repr()
 
 
+@pytest.mark.one_route
 @layers
 def test_repr_of_every_option(name):
     theirs, ours = pair(name, *FULL[name])
@@ -249,6 +300,7 @@ def test_repr_of_every_option(name):
     assert "bidirectional=True" in repr(ours)
 
 
+@pytest.mark.one_route
 @every
 def test_documented(name):
     cls = getattr(fused_rnn, name)
@@ -257,12 +309,14 @@ def test_documented(name):
     assert cls.__name__ == name
 
 
+@pytest.mark.one_route
 @layers
 def test_derives_from_rnn_base(name):
     assert isinstance(getattr(fused_rnn, name)(4, 3), nn.RNNBase)
     assert issubclass(getattr(fused_rnn, name), nn.modules.rnn.RNNBase)
 
 
+@pytest.mark.one_route
 @cells
 def test_derives_from_rnn_cell_base(name):
     assert isinstance(getattr(fused_rnn, name)(4, 3), nn.RNNCellBase)
@@ -271,6 +325,7 @@ def test_derives_from_rnn_cell_base(name):
 # Parameters
 
 
+@pytest.mark.one_route
 @every
 def test_parameters_under_a_seed(name):
     theirs, ours = pair(name, *FULL[name])
@@ -314,6 +369,7 @@ def test_state_dict_assigned(name):
     assert_same(theirs(data(*sequence_shape(name))), ours(data(*sequence_shape(name))))
 
 
+@pytest.mark.one_route
 @layers
 @pytest.mark.parametrize("bias", [True, False])
 def test_all_weights(name, bias):
@@ -386,6 +442,7 @@ def test_init_functions(name):
     assert_same(theirs(x), ours(x))
 
 
+@pytest.mark.one_route
 @cells
 def test_cell_without_bias(name):
     cell = getattr(fused_rnn, name)(4, 3, bias=False)
@@ -429,6 +486,7 @@ def test_copies_and_pickles(name):
     assert torch.equal(flat(module(x))[0], flat(expected)[0])
 
 
+@pytest.mark.one_route
 @layers
 def test_flatten_parameters(name):
     layer = getattr(fused_rnn, name)(4, 3)
@@ -848,6 +906,18 @@ def test_rnn_cell_nonlinearity():
     assert theirs is ours is RuntimeError
 
 
+@cells
+def test_cell_does_not_ask_for_the_mode(name):
+    """pytorch's test_if_train_and_eval_modes_differ; with zoneout there is a difference."""
+    cell = getattr(fused_rnn, name)(I, H, dtype=torch.float64)
+    drawing = getattr(fused_rnn, name)(I, H, dtype=torch.float64, zoneout=0.5)
+    for module in (cell, drawing):
+        del module.training
+    cell(data(B, I))
+    with pytest.raises(AttributeError, match="training"):
+        drawing(data(B, I))
+
+
 # Module machinery
 
 
@@ -1008,6 +1078,7 @@ def test_low_precision(name, dtype):
         assert (b - e).square().mean().sqrt() <= 2 * (a - e).square().mean().sqrt()
 
 
+@pytest.mark.one_route
 @every
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiled(name, backend):
@@ -1025,6 +1096,7 @@ def test_compiled(name, backend):
         assert_same(*grads)
 
 
+@pytest.mark.one_route
 @layers
 def test_compiled_packed_options(name):
     torch._dynamo.reset()
@@ -1032,6 +1104,15 @@ def test_compiled_packed_options(name):
     compiled = torch.compile(ours, backend="eager", fullgraph=True)
     for x in (data(B, T, I), data(T, I)):
         assert_same(theirs(x), compiled(x))
+
+
+@pytest.mark.one_route
+@layers
+def test_compiled_batch_first_with_packed_input_and_states(name):
+    torch._dynamo.reset()
+    theirs, ours = pair(name, I, H, batch_first=True, dtype=torch.float64)
+    x, hx = packed(), states(name, 1, 4, H)
+    assert_same(theirs(x, hx), torch.compile(ours, backend="eager")(x, hx))
 
 
 # What torch.nn does not have: lengths, resets, return_cells
