@@ -2,7 +2,7 @@
 
 from . import functional, onnx, viz
 from .attention import Attention, AttentionDecoder
-from .convert import convert, patch
+from .convert import convert, patch, revert
 from .explain import explain
 from .haste import from_haste
 from .keras import from_keras
@@ -28,5 +28,6 @@ __all__ = [
     "load_cell",
     "onnx",
     "patch",
+    "revert",
     "viz",
 ]
