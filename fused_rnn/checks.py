@@ -221,6 +221,26 @@ def check_lengths(
     return lengths.to(device=like.device, dtype=torch.int64, non_blocking=True)
 
 
+def check_batch_sizes(batch_sizes: Tensor, data: Tensor) -> None:
+    """Names what is wrong with a PackedSequence: torch's own ops write where batch_sizes say."""
+    if batch_sizes.shape == (0,):
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+    if batch_sizes.dim() != 1 or batch_sizes.dtype != torch.int64:
+        raise RuntimeError(
+            "Expected batch_sizes of shape (T) and dtype torch.int64, got "
+            f"{tuple(batch_sizes.shape)} and {batch_sizes.dtype}"
+        )
+    if torch.compiler.is_compiling():
+        return  # their values are not known
+    sizes: list[int] = batch_sizes.tolist()
+    if sizes[-1] < 1 or sizes != sorted(sizes, reverse=True):
+        raise RuntimeError(f"Expected batch_sizes of at least 1 that never increase, got {sizes}")
+    if sum(sizes) != data.size(0):
+        raise RuntimeError(
+            f"Expected batch_sizes that add up to the {data.size(0)} rows of data, got {sizes}"
+        )
+
+
 def first_batch_size(batch_sizes: Tensor) -> int:
     """B of a packed sequence; the op checks the other steps."""
     if batch_sizes.dim() != 1:

@@ -286,7 +286,7 @@ class _Layer(_Options, RNNBase):
             self.check_forward_args(input, self._pack_states(states), batch_sizes)
         padded = batch_sizes is not None and not functional.takes_packed(input)
         if padded:
-            _check_batch_sizes(batch_sizes, input)  # type: ignore[arg-type]
+            checks.check_batch_sizes(batch_sizes, input)  # type: ignore[arg-type]
             packed = PackedSequence(input, batch_sizes)
             (input, lengths), batch_sizes = pad_packed_sequence(packed), None
         layers = checks.Layers(
@@ -311,26 +311,6 @@ class _Layer(_Options, RNNBase):
             return [parameters[name] for name in self._flat_weights_names]  # type: ignore[misc]
         except KeyError:
             return [getattr(self, name) for name in self._flat_weights_names]
-
-
-def _check_batch_sizes(batch_sizes: Tensor, data: Tensor) -> None:
-    """Names what is wrong with a PackedSequence: torch's own ops write where batch_sizes say."""
-    if batch_sizes.shape == (0,):
-        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-    if batch_sizes.dim() != 1 or batch_sizes.dtype != torch.int64:
-        raise RuntimeError(
-            "Expected batch_sizes of shape (T) and dtype torch.int64, got "
-            f"{tuple(batch_sizes.shape)} and {batch_sizes.dtype}"
-        )
-    if torch.compiler.is_compiling():
-        return  # their values are not known
-    sizes: list[int] = batch_sizes.tolist()
-    if sizes[-1] < 1 or sizes != sorted(sizes, reverse=True):
-        raise RuntimeError(f"Expected batch_sizes of at least 1 that never increase, got {sizes}")
-    if sum(sizes) != data.size(0):
-        raise RuntimeError(
-            f"Expected batch_sizes that add up to the {data.size(0)} rows of data, got {sizes}"
-        )
 
 
 F = TypeVar("F", bound=Callable[..., None])

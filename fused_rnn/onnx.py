@@ -6,9 +6,9 @@
     )
 
 Lengths go along (``sequence_lens``), as do peepholes, coupled gates, ``reset_after=False``, heads
-and stacked or bidirectional layers. What ONNX has no operator for is refused: resets, projections,
-the states c of every step, layer normalisation, and zoneout, of which eval mode keeps the
-expectation.
+and stacked or bidirectional layers. What ONNX has no operator for is refused: bfloat16, resets,
+projections, the states c of every step, layer normalisation, and zoneout, of which eval mode keeps
+the expectation.
 """
 
 from __future__ import annotations
@@ -59,6 +59,8 @@ def _translate(
     if call.projected:
         _refuse(cell, "a projection")
     input, states, weights = call.split(primals)
+    if input.dtype.name == "BFLOAT16":  # which the operators take from opset 22 on
+        _refuse(cell, "bfloat16")
     H = int(weights[1].shape[1])
     if lengths is not None:
         lengths = op.Cast(lengths, to=6)  # int32
