@@ -38,7 +38,12 @@ struct DualNumber {
     const T quotient = a.value / b.value;
     return {quotient, (a.tangent - quotient * b.tangent) / b.value};
   }
+  friend HOST_DEVICE auto operator<(D a, D b) { return a.value < b.value; }
+  friend HOST_DEVICE auto operator>(D a, D b) { return a.value > b.value; }
   friend HOST_DEVICE auto operator<=(D a, D b) { return a.value <= b.value; }
+  friend HOST_DEVICE auto operator>=(D a, D b) { return a.value >= b.value; }
+  friend HOST_DEVICE auto operator==(D a, D b) { return a.value == b.value; }
+  friend HOST_DEVICE auto operator!=(D a, D b) { return a.value != b.value; }
   template <class Condition>
   friend HOST_DEVICE D where(Condition condition, D a, D b) {
     return {where(condition, a.value, b.value), where(condition, a.tangent, b.tangent)};
@@ -55,6 +60,12 @@ struct DualNumber {
   friend HOST_DEVICE D sigmoid(D x) {
     const T y = sigmoid(x.value);
     return {y, y * (T(1) - y) * x.tangent};
+  }
+  friend HOST_DEVICE D softplus(D x) { return {softplus(x.value), sigmoid(x.value) * x.tangent}; }
+  friend HOST_DEVICE D log(D x) { return {log(x.value), x.tangent / x.value}; }
+  friend HOST_DEVICE D sqrt(D x) {
+    const T y = sqrt(x.value);
+    return {y, x.tangent / (y + y)};
   }
   friend HOST_DEVICE D inverse_deviation(D variance, double eps) {
     const T y = inverse_deviation(variance.value, eps);

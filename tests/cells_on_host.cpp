@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "cells/cells.h"
+#include "functions.h"
 
 // W_hh for a late gate, of a single unit.
 extern "C" const double late_weight = 0.75;
@@ -91,3 +92,10 @@ void backward(const double* saved, const double* weights, const double* prev, co
   FUSED_RNN_EXPORT_AS(name, cell, double) \
   FUSED_RNN_EXPORT_AS(name, cell, float)
 FUSED_RNN_FOR_EACH_CELL(FUSED_RNN_EXPORT)
+
+extern "C" double function_of_double(const char* name, double a, double b) {
+  return fused_rnn::user::evaluate(name, a, b);
+}
+extern "C" double function_of_float(const char* name, double a, double b) {
+  return fused_rnn::user::evaluate(name, static_cast<float>(a), static_cast<float>(b));
+}

@@ -40,16 +40,20 @@ struct Vec {
 
   HOST_DEVICE Vec() {}
   HOST_DEVICE explicit Vec(Native native) : v(native) {}
-  HOST_DEVICE explicit Vec(T x) : v(x - Native{}) {}
-  HOST_DEVICE explicit Vec(int x) : v(static_cast<T>(x) - Native{}) {}
+  template <class Number, class = std::enable_if_t<std::is_arithmetic_v<Number>>>
+  HOST_DEVICE explicit Vec(Number x) : v(static_cast<T>(x) - Native{}) {}
 
   friend HOST_DEVICE Vec operator+(Vec a, Vec b) { return Vec(a.v + b.v); }
   friend HOST_DEVICE Vec operator-(Vec a, Vec b) { return Vec(a.v - b.v); }
   friend HOST_DEVICE Vec operator*(Vec a, Vec b) { return Vec(a.v * b.v); }
   friend HOST_DEVICE Vec operator/(Vec a, Vec b) { return Vec(a.v / b.v); }
   friend HOST_DEVICE Vec operator-(Vec a) { return Vec(-a.v); }
-  friend HOST_DEVICE Mask operator<=(Vec a, Vec b) { return a.v <= b.v; }
   friend HOST_DEVICE Mask operator<(Vec a, Vec b) { return a.v < b.v; }
+  friend HOST_DEVICE Mask operator>(Vec a, Vec b) { return a.v > b.v; }
+  friend HOST_DEVICE Mask operator<=(Vec a, Vec b) { return a.v <= b.v; }
+  friend HOST_DEVICE Mask operator>=(Vec a, Vec b) { return a.v >= b.v; }
+  friend HOST_DEVICE Mask operator==(Vec a, Vec b) { return a.v == b.v; }
+  friend HOST_DEVICE Mask operator!=(Vec a, Vec b) { return a.v != b.v; }
   friend HOST_DEVICE Vec where(Mask condition, Vec a, Vec b) { return Vec(condition ? a.v : b.v); }
 
   // The larger and the smaller of two; b where either is NaN.
@@ -104,13 +108,16 @@ HOST_DEVICE void transpose(Vec<T, N> (&rows)[N]) {
   }
 }
 
-// ---- exp, sigmoid and tanh -----------------------------------------------------------------------
+// ---- exp, sigmoid, tanh, log and sqrt ------------------------------------------------------------
 //
 // All of them from e^x = 2^k (1 + expm1(r)) with k = round(x / ln 2), r = x - k ln 2 in two pieces, and
 // a Taylor polynomial for expm1 that is carried past the last bit for |r| <= ln(2)/2.
 //
 //   sigmoid(x) = 1 / (1 + e^-x)
 //   tanh(x)    = m / (m + 2), m = e^2x - 1 = 2^k expm1(r) + (2^k - 1), which does not cancel
+//
+// And log(2^k (1 + f)) = k ln 2 + 2 artanh(s), s = f / (2 + f), where 1 + f is within a factor of sqrt(2)
+// of 1; 2 artanh(s) = f - s (f - s^2 (2/3 + 2/5 s^2 + ...)), so that f itself is not rounded again.
 
 template <class T>
 struct Constants;
@@ -121,6 +128,9 @@ struct Constants<float> {
   static constexpr float round = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   static constexpr float lowest = -103.0f, highest = 88.8f;
   static constexpr float expm1[] = {1 / 5040.0f, 1 / 720.0f, 1 / 120.0f, 1 / 24.0f, 1 / 6.0f, 0.5f};
+  static constexpr float artanh[] = {2 / 9.0f, 2 / 7.0f, 2 / 5.0f, 2 / 3.0f};
+  static constexpr int32_t root_of_half = 0x3f3504f3;  // its bits
+  static constexpr float least_normal = 0x1p-126f;
   static constexpr float one_over_e = 87.3f;  // e^-x is normal up to here; 2^128 is infinity
   static constexpr float tanh_is_one = 9.1f;
   static constexpr int mantissa_bits = 23, bias = 127;
@@ -145,6 +155,10 @@ struct Constants<double> {
                                      1 / 24.0,
                                      1 / 6.0,
                                      0.5};
+  static constexpr double artanh[] = {2 / 19.0, 2 / 17.0, 2 / 15.0, 2 / 13.0, 2 / 11.0,
+                                      2 / 9.0,  2 / 7.0,  2 / 5.0,  2 / 3.0};
+  static constexpr int64_t root_of_half = 0x3fe6a09e667f3bcd;
+  static constexpr double least_normal = 0x1p-1022;
   static constexpr double one_over_e = 708.3;
   static constexpr double tanh_is_one = 19.1;
   static constexpr int mantissa_bits = 52, bias = 1023;
@@ -222,6 +236,45 @@ HOST_DEVICE Vec<T, N> tanh(Vec<T, N> x) {
   const V power = power_of_two<T, N>(e.k);
   const V m = power * e.expm1 + (power - V(1));
   return m / (m + V(2));
+}
+
+template <class T, int N>
+HOST_DEVICE Vec<T, N> log(Vec<T, N> x) {
+  using V = Vec<T, N>;
+  using K = Constants<T>;
+  using Integer = typename V::Integer;
+  const V infinity(__builtin_inf()), nan(__builtin_nan(""));
+  const auto subnormal = x < V(K::least_normal);
+  const V normal = where(subnormal, x * V(static_cast<T>(Integer(1) << K::mantissa_bits)), x);
+  typename V::Mask bits;
+  memcpy(&bits, &normal.v, sizeof(bits));
+  const typename V::Mask k = (bits - Integer(K::root_of_half)) >> Integer(K::mantissa_bits);
+  bits -= k << Integer(K::mantissa_bits);
+  V m;
+  memcpy(&m.v, &bits, sizeof(bits));
+  const V whole = V(__builtin_convertvector(k, typename V::Native)) -
+                  where(subnormal, V(K::mantissa_bits), V(0));
+  const V f = m - V(1), s = f / (V(2) + f), square = s * s;
+  const V rest = polynomial(K::artanh, square, square * square) * square;
+  const V y = whole * V(K::ln2_high) - ((s * (f - rest) - whole * V(K::ln2_low)) - f);
+  return where(x > V(0), where(x < infinity, y, infinity), where(x == V(0), -infinity, nan));
+}
+
+template <class T, int N>
+HOST_DEVICE Vec<T, N> sqrt(Vec<T, N> x) {
+  using V = Vec<T, N>;
+  using Native = typename V::Native;
+#if FUSED_RNN_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4) return V(Native(_mm512_sqrt_ps(x.v)));
+  if constexpr (sizeof(T) == 8) return V(Native(_mm512_sqrt_pd(x.v)));
+#elif FUSED_RNN_VECTOR_BYTES == 32
+  if constexpr (sizeof(T) == 4) return V(Native(_mm256_sqrt_ps(x.v)));
+  if constexpr (sizeof(T) == 8) return V(Native(_mm256_sqrt_pd(x.v)));
+#else
+  Native roots;
+  for (int i = 0; i < N; ++i) roots[i] = ::sqrt(x.v[i]);
+  return V(roots);
+#endif
 }
 
 // ---- conversions between storage and compute types -------------------------------------------------
@@ -320,7 +373,8 @@ struct Vec<Dual<T>, N> : DualNumber<Vec<Dual<T>, N>, Vec<T, N>> {
   HOST_DEVICE Vec(Part value, Part tangent) : Base(value, tangent) {}
   HOST_DEVICE explicit Vec(Part value) : Base(value, Part(0)) {}
   HOST_DEVICE explicit Vec(Dual<T> x) : Base(Part(x.value), Part(x.tangent)) {}
-  HOST_DEVICE explicit Vec(int x) : Base(Part(x), Part(0)) {}
+  template <class Number, class = std::enable_if_t<std::is_arithmetic_v<Number>>>
+  HOST_DEVICE explicit Vec(Number x) : Base(Part(x), Part(0)) {}
 
   static HOST_DEVICE Vec load(const Dual<T>* from) {
     using Lanes = std::make_integer_sequence<int, N>;
