@@ -370,34 +370,36 @@ HOST_DEVICE void normalise_gates(const ForwardParams& p, const RowStep& row, int
   if (!joint) save_values<S>(p, row, unit, n, normal[1], places.hidden, Cell::gates);
 }
 
-// The half of it before c is normalised: c~, and gate o before its activation.
+// The half of it before c is normalised: c~, and the last value saved, which the other half goes on from.
 template <class Cell, class S, class V>
 HOST_DEVICE void forward_c_units(const ForwardParams& p, const RowStep& row, int64_t unit,
                                  int64_t n, const V* input_gates, const V* hidden_gates,
                                  const void* weight_ch, const Compute<S>* c_state, V& c,
-                                 V& gate_o) {
-  const State<V> prev{V(0), Memory<V>::load(c_state, n)};
+                                 V& last_saved) {
+  State<V> prev{V(0), Memory<V>::load(c_state, n)};
+  if constexpr (Cell::reads_prev_h) prev.h = previous_hidden<S, V>(p, row, unit, n);
   V saved[Cell::saved];
   const UnitWeights<Cell, V> weights(static_cast<const S*>(weight_ch), p.H, unit, n);
   Cell::forward_c(input_gates, hidden_gates, weights.values, prev, c, saved);
-  save_values<S>(p, row, unit, n, saved, 0, Cell::O);
-  gate_o = saved[Cell::O];
+  save_values<S>(p, row, unit, n, saved, 0, Cell::saved - 1);
+  last_saved = saved[Cell::saved - 1];
 }
 
 // The half after, from c~.
 template <class Cell, class S, class V, class HiddenState>
 HOST_DEVICE void forward_h_units(const ForwardParams& p, const RowStep& row, int64_t unit,
-                                 int64_t n, const Moments<Compute<S>>& of_c, V c, V gate_o,
+                                 int64_t n, const Moments<Compute<S>>& of_c, V c, V last_saved,
                                  const LaneWeights<const void*>& w, Compute<S>* c_state,
                                  HiddenState* h_state, const Factors<V>& factors) {
   const V normal = of_c.normalise(c), inside = affine<S>(normal, w.ln_c, unit, n);
   const State<V> prev{V(0), Memory<V>::load(c_state, n)};
   State<V> next{V(0), p.variation.layer_norm == LayerNorm::joint ? inside : c};
+  constexpr int last = Cell::saved - 1;
   V saved[Cell::saved];
-  saved[Cell::O] = gate_o;
+  saved[last] = last_saved;
   const UnitWeights<Cell, V> weights(static_cast<const S*>(w.weight_ch), p.H, unit, n);
   next.h = Cell::forward_h(weights.values, next.c, inside, saved);
-  save_values<S>(p, row, unit, n, saved + Cell::O, Cell::O, 1);
+  save_values<S>(p, row, unit, n, saved + last, last, 1);
   save_values<S>(p, row, unit, n, &normal, saved_values<Cell>(p).c, 1);
   emit_states<Cell, S>(p, row, unit, n, prev, next, c_state, h_state, factors);
 }
@@ -539,47 +541,67 @@ HOST_DEVICE void backward_gates(const BackwardParams& p, const RowStep& row, int
   through(places.hidden, own.ln_hidden, w.ln_hidden, d_hidden_gates, d_normal_hidden);
 }
 
-// The half of it down to the normalisation of c: the gradients of gate o, of c~ as far as it does not
-// come from there, and of the normalised c. `add` as in backward_affine.
+// Gradients of the weights that a unit has for itself, of which either half below has some.
+template <class Cell, class V>
+struct UnitWeightGradients {
+  V values[Cell::unit_weights > 0 ? Cell::unit_weights : 1];
+
+  HOST_DEVICE UnitWeightGradients() {
+    for (auto& value : values) value = V(0);
+  }
+  template <class Add>
+  HOST_DEVICE void pass_to(const Add& add) const {
+    for (int k = 0; k < Cell::unit_weights; ++k) add(k, values[k]);
+  }
+};
+
+// The half of it down to the normalisation of c: the gradients of the last gate, of c~ as far as it does
+// not come from there, and of the normalised c. `add` as in backward_affine.
 template <class Cell, class S, class V, class Add>
 HOST_DEVICE void backward_h_units(const BackwardParams& p, const RowStep& row, int64_t unit,
                                   int64_t n, V d_h, const LaneWeights<const void*>& w,
-                                  Compute<S>* d_c_state, V& d_gate_o, V& d_c, V& d_normal,
+                                  Compute<S>* d_c_state, V& d_last_gate, V& d_c, V& d_normal,
                                   const Factors<V>& factors, const Add& add) {
   const int64_t place = saved_values<Cell>(p).c;
   const V inside = affine<S>(saved_value<S, V>(p, row, unit, n, place), w.ln_c, unit, n);
-  V before, c, d_weight_ch[Cell::unit_weights > 0 ? Cell::unit_weights : 1];
+  V before, c;
   load_cells<Cell, S>(p, row, unit, n, before, c);
   d_c = collect_d_cell<S, V>(p, row, unit, n, d_c_state);
   Memory<V>::store(row.reset ? V(0) : factors.zone_c * d_c, d_c_state, n);
   d_c = (V(1) - factors.zone_c) * d_c;
   V saved[Cell::saved];
-  saved[Cell::O] = saved_value<S, V>(p, row, unit, n, Cell::O);
+  for (int i = 0; i < Cell::saved; ++i) saved[i] = saved_value<S, V>(p, row, unit, n, i);
   const UnitWeights<Cell, V> weights(static_cast<const S*>(w.weight_ch), p.H, unit, n);
-  V d_inside = Cell::backward_h(saved, weights.values, c, inside, d_h, d_c, d_gate_o, d_weight_ch);
+  UnitWeightGradients<Cell, V> d_weight_ch;
+  V d_inside =
+      Cell::backward_h(saved, weights.values, c, inside, d_h, d_c, d_last_gate, d_weight_ch.values);
   if (p.variation.layer_norm == LayerNorm::joint) {
     d_inside = d_inside + d_c;
     d_c = V(0);
   }
-  if constexpr (Cell::unit_weights > 0)
-    add(Cell::unit_weights - 1, d_weight_ch[Cell::unit_weights - 1]);
+  d_weight_ch.pass_to(add);
   backward_affine<S>(p, row, unit, n, 1, place, unit_weight_places<Cell>(p).ln_c, w.ln_c, &d_inside,
                      &d_normal, add);
 }
 
-// The half above it. d_c is the whole gradient of c~, d_gates[O] is there already.
+// The half above it. d_c is the whole gradient of c~, that of the last gate is there already.
 template <class Cell, class S, class V, class Add>
 HOST_DEVICE void backward_c_units(const BackwardParams& p, const RowStep& row, int64_t unit,
                                   int64_t n, V d_c, const LaneWeights<const void*>& w,
-                                  Compute<S>* d_c_state, V* d_gates, const Add& add) {
+                                  Compute<S>* d_h_state, Compute<S>* d_c_state, V* d_gates,
+                                  const Add& add) {
   State<V> prev{V(0), V(0)}, d_prev{V(0), V(0)};
-  V after, d_weight_ch[Cell::unit_weights > 0 ? Cell::unit_weights : 1];
+  V after;
   load_cells<Cell, S>(p, row, unit, n, prev.c, after);
+  if constexpr (Cell::reads_prev_h) prev.h = previous_hidden<S, V>(p, row, unit, n);
   V saved[Cell::saved];
-  for (int i = 0; i < Cell::O; ++i) saved[i] = saved_value<S, V>(p, row, unit, n, i);
+  for (int i = 0; i < Cell::saved; ++i) saved[i] = saved_value<S, V>(p, row, unit, n, i);
   const UnitWeights<Cell, V> weights(static_cast<const S*>(w.weight_ch), p.H, unit, n);
-  Cell::backward_c(saved, weights.values, prev, d_c, d_gates, d_weight_ch, d_prev);
-  for (int k = 0; k < Cell::unit_weights - 1; ++k) add(k, d_weight_ch[k]);
+  UnitWeightGradients<Cell, V> d_weight_ch;
+  Cell::backward_c(saved, weights.values, prev, d_c, d_gates, d_weight_ch.values, d_prev);
+  d_weight_ch.pass_to(add);
+  if constexpr (Cell::reads_prev_h)
+    if (!row.reset) Memory<V>::store(Memory<V>::load(d_h_state, n) + d_prev.h, d_h_state, n);
   d_prev.c = d_prev.c + Memory<V>::load(d_c_state, n);
   Memory<V>::store(row.reset ? V(0) : d_prev.c, d_c_state, n);
 }

@@ -315,7 +315,7 @@ def direction(
 
     own: tuple[Any, ...] = () if weights.weight_ch is None else (weights.weight_ch,)
     if cell in LATE_GATES:
-        own = (lambda h: product(h) + (0 if weights.bias_hh is None else weights.bias_hh),)
+        own = (*own, lambda h: product(h) + (0 if weights.bias_hh is None else weights.bias_hh))
     through = {} if weights.ln_c_weight is None else {"through": normalised_cell(weights, eps)}
     input_product = F.linear(mask_beyond(input, lengths), weights.weight_ih)
     zone_h, zone_c = (

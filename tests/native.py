@@ -26,8 +26,17 @@ def shared_library(name: str, commands: list[list[str]], link: list[str] = ()) -
     Libraries and objects are kept under names that hold a hash of the commands and of every file
     that they may include.
     """
+    return _linked(name, ".so", commands, ["-shared", *link])
+
+
+def program(name: str, commands: list[list[str]], link: list[str] = ()) -> Path:
+    """The same for a program."""
+    return _linked(name, ".run", commands, link)
+
+
+def _linked(name: str, suffix: str, commands: list[list[str]], link: Sequence[str]) -> Path:
     state = _state_of_sources()
-    library = BUILD / f"{name}-{_digest(state, commands, link)}.so"
+    library = BUILD / f"{name}-{_digest(state, commands, link)}{suffix}"
     if library.exists():
         return library
     BUILD.mkdir(parents=True, exist_ok=True)
@@ -42,8 +51,8 @@ def shared_library(name: str, commands: list[list[str]], link: list[str] = ()) -
         assert process.returncode == 0, errors
         Path(f"{obj}.{os.getpid()}").rename(obj)
     linked = Path(f"{library}.{os.getpid()}")
-    subprocess.run([cxx(), "-shared", *map(str, objects), "-o", str(linked), *link], check=True)
-    for old in BUILD.glob(f"{name}-*.so"):
+    subprocess.run([cxx(), *map(str, objects), "-o", str(linked), *link], check=True)
+    for old in BUILD.glob(f"{name}-*{suffix}"):
         old.unlink()
     linked.rename(library)
     forget_old_objects()
@@ -59,7 +68,7 @@ def forget_old_objects() -> None:
 
 
 def _sources() -> list[Path]:
-    folders = (CSRC, ROOT / "tests" / "cuda_on_cpu")
+    folders = (CSRC, *(ROOT / "tests" / name for name in ("cuda_on_cpu", "sanitized")))
     return sorted(p for folder in folders for p in folder.rglob("*") if p.suffix in _SUFFIXES)
 
 

@@ -10,8 +10,8 @@
 //     static constexpr int unit_weights;     // weights per unit that the cell itself reads
 //     static constexpr bool has_c;           // whether there is a cell state beside h
 //     static constexpr bool split_gates;     // whether d_hidden_gates differs from d_input_gates
-//     static constexpr bool reads_prev_h;    // which states backward reads besides `saved`
-//     static constexpr bool reads_h;         //   (it may always read prev.c and next.c if has_c)
+//     static constexpr bool reads_prev_h;    // whether forward or backward reads prev.h, and
+//     static constexpr bool reads_h;         //   backward next.h; prev.c and next.c may always be read
 //     static constexpr bool late_gate;       // whether the last gate waits for the others (below)
 //     template <class V> static void forward(const V* input_gates, const V* hidden_gates,
 //                                            const V* weights, const State<V>& prev,
@@ -41,8 +41,28 @@
 // of read: backward leaves that gate out, backward_early returns its gradient and adds to d_prev what
 // flows through read. So the first gate acts through read alone, and such a cell does not split its gates.
 //
-// A cell with c is made of two halves, forward_c and forward_h, backward_h and backward_c (lstm.h), because
-// layer normalisation needs the new c of all units before any h.
+// A cell with c has its two halves as well (lstm.h), because layer normalisation needs the new c of all
+// units before any h:
+//
+//     template <class V> static void forward_c(const V* input_gates, const V* hidden_gates,
+//                                              const V* weights, const State<V>& prev, V& c,
+//                                              V* saved);
+//     template <class V> static V forward_h(const V* weights, V c, V inside, V* saved);
+//     template <class V> static V backward_h(const V* saved, const V* weights, V c, V inside, V d_h,
+//                                            V& d_c, V& d_last_gate, V* d_weights);
+//     template <class V> static void backward_c(const V* saved, const V* weights,
+//                                               const State<V>& prev, V d_c, V* d_gates,
+//                                               V* d_weights, State<V>& d_prev);
+//
+// forward_h returns h, from the c that is kept and from `inside`, the c that stands inside the output's
+// tanh: the same, or normalised. Of `saved` it finds the last value alone, which it may replace; the
+// others are forward_c's. backward_h returns the gradient of inside, adds to d_c what flows to c
+// otherwise, and makes the gradient of the last gate, an LSTM's o; backward_c, from the whole gradient of
+// c, makes those of the others. d_weights is zeros before either, and both are added up. Such a cell
+// neither splits its gates nor has a late one.
+//
+// check.h runs a cell on values that know what they were made of, and says in words where it reads or sets
+// what it has no right to.
 #pragma once
 
 #include "../macros.h"
@@ -64,5 +84,29 @@ template <class Cell>
 constexpr bool is_varied = false;
 template <class Cell>
 constexpr bool is_varied<Varied<Cell>> = true;
+
+// Refuses constants that no engine can follow.
+template <class Cell>
+constexpr bool constants_fit() {
+  static_assert(Cell::gates >= 1, "gates: a cell has at least one gate");
+  static_assert(Cell::saved >= 0 && Cell::unit_weights >= 0,
+                "saved, unit_weights: expected numbers of values, found a negative one");
+  static_assert(
+      !Cell::late_gate || Cell::gates >= 2,
+      "late_gate: the last gate reads what the first makes of h, so there are at least two");
+  static_assert(
+      !Cell::late_gate || Cell::saved >= Cell::gates - 1,
+      "late_gate: forward_early leaves all gates but the last in saved, which is too small");
+  static_assert(!Cell::late_gate || !Cell::split_gates,
+                "late_gate: a cell with a late gate does not split its gates (split_gates)");
+  static_assert(!Cell::late_gate || !Cell::has_c,
+                "late_gate: a cell with a late gate has no c (has_c)");
+  static_assert(
+      !Cell::has_c || Cell::saved >= 1,
+      "has_c: forward_c leaves something for forward_h in the last of saved, which is empty");
+  static_assert(!Cell::has_c || !Cell::split_gates,
+                "has_c: a cell with c does not split its gates (split_gates)");
+  return true;
+}
 
 }  // namespace fused_rnn

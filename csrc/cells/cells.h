@@ -20,3 +20,9 @@
   X(gru, Gru)                                   \
   X(gru_reset_before, GruResetBefore)
 #endif
+
+namespace fused_rnn {
+#define FUSED_RNN_CHECK(name, cell) static_assert(constants_fit<cell>());
+FUSED_RNN_FOR_EACH_CELL(FUSED_RNN_CHECK)
+#undef FUSED_RNN_CHECK
+}  // namespace fused_rnn

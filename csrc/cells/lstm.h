@@ -10,7 +10,7 @@
 // are coupled there is no i of its own (Greff et al. 2017, CIFG): i = 1 - f, gates f, g, o, weights
 // w_f, w_o.
 //
-// Reserve: the gates after their activations. c_t is kept by the engine; tanh(c_t) is recomputed.
+// Reserve: the gates after their activations, o last. c_t is kept by the engine; tanh(c_t) is recomputed.
 #pragma once
 
 #include "cell.h"
@@ -116,10 +116,7 @@ struct LstmCell {
 
  private:
   // Places of the gates. Weights stand where their gates do, but g has none: that of o is at G.
-  static constexpr int I = 0, F = coupled ? 0 : 1, G = F + 1;
-
- public:
-  static constexpr int O = F + 2;  // the last gate
+  static constexpr int I = 0, F = coupled ? 0 : 1, G = F + 1, O = F + 2;
 };
 
 using Lstm = LstmCell<false, false>;

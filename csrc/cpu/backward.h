@@ -41,7 +41,6 @@ class Backward {
   static constexpr int most_rows = fitting_rows >= 8 ? 8 : fitting_rows >= 4 ? 4 : 2;
   static constexpr int strip_rows = V::size < most_rows ? V::size : most_rows;  // of a tile
   static_assert(V::size % strip_rows == 0, "tiles divide strips");
-  static_assert(!(Cell::late_gate && Cell::split_gates), "see cells/cell.h");
 
   // One weight's gradient: what its strips and columns are made of.
   struct Gradient {
@@ -313,7 +312,8 @@ class Backward {
       const int64_t chunk_row = row_of_chunk(part, chunk, t, i);
       fetch_ahead(row, unit, step & 1, units);
       Factors<V> factors;
-      if constexpr (is_varied<Cell>) factors = factors_of(part, row, i, unit);
+      if constexpr (is_varied<Cell>)
+        factors = factors_of(part, row, i, unit, true, Cell::has_c && !p.projected);
       const V d_h = collect_d_hidden<is_varied<Cell>, S>(p, row, unit, n, product,
                                                          h_row(lane, i) + unit, factors);
       if (!p.projected) return cell_units(row, step, i, chunk_row, unit, n, d_h, factors);
@@ -361,7 +361,7 @@ class Backward {
                      const RowStep row = row_step(p, lane, order.row(begin + r), t);
                      Factors<V> factors;
                      if constexpr (is_varied<Cell>)
-                       factors = factors_of(part, row, begin + r, unit);
+                       factors = factors_of(part, row, begin + r, unit, false, true);
                      cell_units(row, step, begin + r, row_of_chunk(part, chunk, t, begin + r), unit,
                                 n, d_h, factors);
                    });
@@ -447,10 +447,10 @@ class Backward {
     return V(1);
   }
 
-  HOST_DEVICE Factors<V> factors_of(const Part& part, const RowStep& row, int64_t i,
-                                    int64_t unit) const {
+  HOST_DEVICE Factors<V> factors_of(const Part& part, const RowStep& row, int64_t i, int64_t unit,
+                                    bool of_h, bool of_c) const {
     return varied.factors(part.lane * parts + part.index, row.lane, row.b,
-                          i - order.begin(part.block), unit);
+                          i - order.begin(part.block), unit, of_h, of_c);
   }
 
   void draw_zones(const Part& part, int64_t t, const Share& units, bool of_h, bool of_c) {
@@ -467,7 +467,7 @@ class Backward {
   C statistic(const RowStep& row, int which) const {
     return statistics_at<Cell, const C>(p, p.statistics, row)[which];
   }
-  // Of c: the gradients of gate o, of c~ by itself, and of the normalised c.
+  // Of c: the gradients of the last gate, of c~ by itself, and of the normalised c.
   C* passing_c_row(int which, int64_t lane, int64_t i) const {
     return passing_c + which * order.places(p.L, c_width) + order.place(lane, i, c_width);
   }
@@ -483,10 +483,10 @@ class Backward {
 
   HOST_DEVICE void hidden_half(const RowStep& row, int64_t i, int64_t unit, int64_t n, V d_h,
                                const Factors<V>& factors) {
-    V d_gate_o, d_c, d_normal;
+    V d_last_gate, d_c, d_normal;
     backward_h_units<Cell, S>(p, row, unit, n, d_h, p.weights[row.lane], c_row(row.lane, i) + unit,
-                              d_gate_o, d_c, d_normal, factors, adder(row, unit));
-    d_gate_o.store(passing_c_row(0, row.lane, i) + unit);
+                              d_last_gate, d_c, d_normal, factors, adder(row, unit));
+    d_last_gate.store(passing_c_row(0, row.lane, i) + unit);
     d_c.store(passing_c_row(1, row.lane, i) + unit);
     d_normal.store(passing_c_row(2, row.lane, i) + unit);
   }
@@ -517,11 +517,11 @@ class Backward {
       for (int64_t unit = units.begin; unit < units.end; unit += V::size) {
         const int64_t n = p.H - unit;
         V d_gates[Cell::gates];
-        d_gates[Cell::O] = V::load(passing_c_row(0, lane, i) + unit);
+        d_gates[Cell::gates - 1] = V::load(passing_c_row(0, lane, i) + unit);
         const V d_c = V::load(passing_c_row(1, lane, i) + unit) +
                       through.at(V::load(d_normal + unit), Memory<V>::load(normal.at(unit, 0), n));
-        backward_c_units<Cell, S>(p, row, unit, n, d_c, p.weights[lane], c_row(lane, i) + unit,
-                                  d_gates, adder(row, unit));
+        backward_c_units<Cell, S>(p, row, unit, n, d_c, p.weights[lane], h_row(lane, i) + unit,
+                                  c_row(lane, i) + unit, d_gates, adder(row, unit));
         pass_gates(row, i, unit, d_gates, d_gates);
       }
     }

@@ -36,13 +36,12 @@ class Forward {
   using V = Vector<C>;
   using E = Operand<S>;
   using Value = typename E::Value;
-  static constexpr int per_gate = vectors_per_gate(Cell::gates);
-  using GatePanels = Panels<E, Cell::gates, per_gate>;
-  using PlainPanels = Panels<E, 1, 2>;
   // Gates whose product reads h. A late one, the last, has panels of its own.
   static constexpr int early_gates = Cell::gates - Cell::late_gate;
-  using HiddenPanels = Panels<E, early_gates, per_gate>;
-  static_assert(vectors_per_gate(early_gates) == per_gate, "panels of the same units");
+  static constexpr int per_gate = vectors_per_gate(early_gates);
+  using GatePanels = Panels<E, Cell::gates, per_gate>;
+  using HiddenPanels = Panels<E, early_gates, per_gate>;  // of the same units as those
+  using PlainPanels = Panels<E, 1, 2>;
   static constexpr int row_size = GatePanels::W * V::size;  // of a tile
   static constexpr int64_t chunk_rows = 256;
 
@@ -301,7 +300,8 @@ class Forward {
   HOST_DEVICE void cell_units(const Part& part, const RowStep& row, int64_t i, int64_t step,
                               int64_t unit, const V* from_input, const V* from_hidden) {
     Factors<V> factors;
-    if constexpr (is_varied<Cell>) factors = factors_of(part, row, i, unit);
+    if constexpr (is_varied<Cell> && !Cell::late_gate)
+      factors = factors_of(part, row, i, unit, !p.projected, Cell::has_c);
     if constexpr (Cell::late_gate)
       forward_early_units<Cell, S>(p.H - unit, from_input, from_hidden,
                                    h_row(step, row.lane, i) + unit, early_row(row.lane, i) + unit,
@@ -341,8 +341,8 @@ class Forward {
       from_hidden[g] = V::load(from_product);
       const RowStep row = row_step(p, lane, order.row(i), t);
       Factors<V> factors;
-      if constexpr (is_varied<Cell>) factors = factors_of(part, row, i, unit);
-      forward_units<Cell, S>(p, row, unit, p.H - unit, from_input, from_hidden, nullptr,
+      if constexpr (is_varied<Cell>) factors = factors_of(part, row, i, unit, true, false);
+      forward_units<Cell, S>(p, row, unit, p.H - unit, from_input, from_hidden, w.weight_ch,
                              h_row(step, lane, i) + unit, nullptr, h_row(step + 1, lane, i) + unit,
                              factors, early_row(lane, i) + unit, c_width);
     };
@@ -359,10 +359,10 @@ class Forward {
 
   // ---- around a Varied cell
 
-  HOST_DEVICE Factors<V> factors_of(const Part& part, const RowStep& row, int64_t i,
-                                    int64_t unit) const {
+  HOST_DEVICE Factors<V> factors_of(const Part& part, const RowStep& row, int64_t i, int64_t unit,
+                                    bool of_h, bool of_c) const {
     return varied.factors(part.team * division.members + part.member, row.lane, row.b,
-                          i - order.begin(part.block), unit);
+                          i - order.begin(part.block), unit, of_h, of_c);
   }
 
   // Units of this member's share of the gates' panels.
@@ -384,7 +384,7 @@ class Forward {
   C* hidden_of_panel(const Part& part, int64_t panel) const {
     return hidden_gates + (part.team * input_panels.count + panel) * hidden_stride();
   }
-  // c~, and gate o before its activation.
+  // c~, and the last value that its half of the cell saves.
   C* new_c_row(int which, int64_t lane, int64_t i) const {
     return new_c + which * order.places(p.L, c_width) + order.place(lane, i, c_width);
   }
@@ -437,11 +437,11 @@ class Forward {
           from_hidden[g] = V::load(seen_hidden.at(unit, g));
         }
         if constexpr (Cell::has_c) {
-          V c, gate_o;
+          V c, last_saved;
           forward_c_units<Cell, S>(p, row, unit, p.H - unit, from_input, from_hidden, w.weight_ch,
-                                   c_row(lane, i) + unit, c, gate_o);
+                                   c_row(lane, i) + unit, c, last_saved);
           c.store(new_c_row(0, lane, i) + unit);
-          gate_o.store(new_c_row(1, lane, i) + unit);
+          last_saved.store(new_c_row(1, lane, i) + unit);
         } else {
           cell_units(part, row, i, step, unit, from_input, from_hidden);
         }
@@ -464,7 +464,8 @@ class Forward {
       for (int64_t unit = units.begin; unit < units.end && unit < p.H; unit += V::size) {
         forward_h_units<Cell, S>(p, row, unit, p.H - unit, of_c, V::load(cells + unit),
                                  V::load(new_c_row(1, lane, i) + unit), w, c_row(lane, i) + unit,
-                                 next_row(step, lane, i) + unit, factors_of(part, row, i, unit));
+                                 next_row(step, lane, i) + unit,
+                                 factors_of(part, row, i, unit, !p.projected, true));
       }
     }
   }
@@ -488,7 +489,8 @@ class Forward {
         [&](int64_t r, int64_t unit, int64_t n, V h) {
           const RowStep row = row_step(p, lane, order.row(begin + r), t);
           Factors<V> factors;
-          if constexpr (is_varied<Cell>) factors = factors_of(part, row, begin + r, unit);
+          if constexpr (is_varied<Cell>)
+            factors = factors_of(part, row, begin + r, unit, true, false);
           emit_hidden<is_varied<Cell>, S>(p, row, unit, n, h,
                                           h_row(step + 1, lane, begin + r) + unit, factors);
         });
@@ -516,5 +518,5 @@ class Forward {
   C* early_state = nullptr;   // [lane][row in order][early gate][c_width]
   C* hidden_gates = nullptr;  // [team][panel][row of block][gate][unit of panel], under layer_norm
   C* normal_gates = nullptr;  // [part][input, hidden][gate][c_width], likewise: of the row in hand
-  C* new_c = nullptr;         // [c~, gate o][lane][row in order][c_width], likewise
+  C* new_c = nullptr;         // [c~, last saved][lane][row in order][c_width], likewise
 };

@@ -5,6 +5,7 @@
 //   FUSED_RNN_BFLOAT16       if it multiplies pairs of bfloat16, and
 //   FUSED_RNN_ELSE           then the set that has all the rest
 //   FUSED_RNN_DUALS          for layers of duals alone, which take as long to compile as all other types
+//   FUSED_RNN_BY_DTYPE       in tests, if not all storage types are wanted
 // and has set the compiler's target. Standard headers come first, in prelude.h, and what instantiates
 // their templates lives in plan.cpp: the linker keeps one copy of an inline function, and it must not
 // be one that other machines cannot run.
@@ -133,8 +134,10 @@ void attention_backward(const AttentionBackwardParams& p, const Host& host) {
 }
 
 // In the order of DType. Layers take duals as well, from a translation unit of their own.
+#ifndef FUSED_RNN_BY_DTYPE
 #define FUSED_RNN_BY_DTYPE(function) \
   {function<float>, function<double>, function<BFloat16>, function<Half>}
+#endif
 
 bool carries_duals(DType dtype) { return dtype == DType::dual32 || dtype == DType::dual64; }
 

@@ -19,8 +19,16 @@ class Arena {
   explicit Arena(void* base = nullptr) : base_(static_cast<char*>(base)) {}
   template <class T>
   T* take(int64_t count) {
+    const int64_t bytes = count * static_cast<int64_t>(sizeof(T));
     T* piece = base_ ? reinterpret_cast<T*>(base_ + used_) : nullptr;
-    used_ += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
+#if defined(__SANITIZE_ADDRESS__)  // pieces are kept apart, and nothing may touch what lies between
+    if (base_) {
+      ASAN_UNPOISON_MEMORY_REGION(piece, bytes);  // by an earlier call that had this memory
+      ASAN_POISON_MEMORY_REGION(base_ + used_ + bytes, round_up(bytes, 64) + 64 - bytes);
+    }
+    used_ += 64;
+#endif
+    used_ += round_up(bytes, 64);
     return piece;
   }
   size_t used() const { return used_; }

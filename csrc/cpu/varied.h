@@ -51,9 +51,12 @@ class VariedFactors {
          units);
   }
 
-  HOST_DEVICE Factors<V> factors(int64_t part, int64_t lane, int64_t b, int64_t row,
-                                 int64_t unit) const {
-    return {zone(0, part, row, unit), zone(1, part, row, unit), keep(lane, b, unit)};
+  // What the step of some units takes of them: those of c around the cell, those of h where h comes out.
+  // With a projection these are other units, of another number.
+  HOST_DEVICE Factors<V> factors(int64_t part, int64_t lane, int64_t b, int64_t row, int64_t unit,
+                                 bool of_h, bool of_c) const {
+    return {of_h ? zone(0, part, row, unit) : V(0), of_c ? zone(1, part, row, unit) : V(0),
+            of_h ? keep(lane, b, unit) : V(1)};
   }
 
  private:
@@ -129,12 +132,13 @@ HOST_DEVICE Vector<C> first_lanes(Vector<C> x, int64_t n) {
   return Memory<V>::load(lanes, n);
 }
 
-// Sums of N values over all units and gates: value(unit, gate, units there are, values). In four sums, so
-// that no addition waits for the one before; values of a unit lie beside one another in what is saved.
+// Sums of N values over all units and up to four gates, from `first_gate`: value(unit, gate, units there
+// are, values). In four sums, so that no addition waits for the one before; values of a unit lie beside one
+// another in what is saved.
 template <class C, int N, int Gates, class Value>
-HOST_DEVICE void sum_units_of(int64_t H, C (&result)[N], const Value& value) {
+HOST_DEVICE void sum_units_of(int64_t H, int first_gate, C (&result)[N], const Value& value) {
   using V = Vector<C>;
-  constexpr int units = Gates == 1 ? 4 : 1;  // vectors of them at a time
+  constexpr int units = 4 / Gates;  // vectors of them at a time
   V sums[4][N];
   for (auto& of_four : sums)
     for (auto& sum : of_four) sum = V(0);
@@ -144,18 +148,34 @@ HOST_DEVICE void sum_units_of(int64_t H, C (&result)[N], const Value& value) {
       const int64_t unit = first + j / Gates * V::size;
       if (unit >= H) break;
       V values[N];
-      value(unit, j % Gates, H - unit, values);
+      value(unit, first_gate + j % Gates, H - unit, values);
       for (int k = 0; k < N; ++k) sums[j][k] = sums[j][k] + first_lanes<C>(values[k], H - unit);
     }
   for (int k = 0; k < N; ++k)
     result[k] = sum_of_lanes((sums[0][k] + sums[1][k]) + (sums[2][k] + sums[3][k]));
 }
 
+// The same over any number of gates: four of them at a time, then those that are left.
 template <class C, int N, class Value>
 HOST_DEVICE void sum_units(int64_t H, int gates, C (&result)[N], const Value& value) {
-  if (gates == 1) return sum_units_of<C, N, 1>(H, result, value);
-  if (gates == 3) return sum_units_of<C, N, 3>(H, result, value);
-  return sum_units_of<C, N, 4>(H, result, value);
+  for (auto& sum : result) sum = C(0);
+  for (int first = 0; first < gates; first += 4) {
+    C sums[N];
+    switch (gates - first) {
+      case 1:
+        sum_units_of<C, N, 1>(H, first, sums, value);
+        break;
+      case 2:
+        sum_units_of<C, N, 2>(H, first, sums, value);
+        break;
+      case 3:
+        sum_units_of<C, N, 3>(H, first, sums, value);
+        break;
+      default:
+        sum_units_of<C, N, 4>(H, first, sums, value);
+    }
+    for (int k = 0; k < N; ++k) result[k] = result[k] + sums[k];
+  }
 }
 
 // Of x, or of x + y if there is y.

@@ -44,7 +44,7 @@ struct ForwardState {
   S* hidden_gates;   // (L, B, G*H): this step's product
   S* projected;      // (L, B, P): this step's second product
   Compute<S>* keep;  // (L, B, P): the factors of recurrent dropout
-  // (L, B, 2, H), under layer_norm: c~, and gate o before its activation.
+  // (L, B, 2, H), under layer_norm: c~, and the last value that its half of the cell saves.
   Compute<S>* passing;
   // With a late gate hidden_gates is (L, B, E*H), followed by `late`:
   Compute<S>* early;  // (L, B, E*H): the early gates
@@ -63,8 +63,8 @@ struct BackwardState {
   // With a late gate d_gates is (L, B, E*H), followed by d_late:
   S* d_late;  // (L, B, H)
   S* d_read;  // (L, B, H): d_late W_late
-  // (L, B, 3 if there is c + 2*G, H), under layer_norm: gradients of gate o, of c~ by itself and of the
-  // normalised c, then of the normalised input (or joint) gates and hidden gates.
+  // (L, B, 3 if there is c + 2*G, H), under layer_norm: gradients of the last gate, of c~ by itself and of
+  // the normalised c, then of the normalised input (or joint) gates and hidden gates.
   Compute<S>* passing;
 };
 
@@ -468,20 +468,22 @@ KERNEL void backward_row_kernel(RecurrenceBackwardParams p, BackwardState<S> sta
                       ? Memory<V>::load(at(state.d_unprojected, p.B, p.H, lane, b) + unit, 1)
                       : d_hidden_of<true>(p, state, row, unit, factors);
     if constexpr (Cell::has_c) {
-      V d_gate_o, d_c, d_normal;
+      V d_last_gate, d_c, d_normal;
       backward_h_units<Cell, S>(p, row, unit, 1, d_h, w, at(state.d_c, p.B, p.H, lane, b) + unit,
-                                d_gate_o, d_c, d_normal, factors,
+                                d_last_gate, d_c, d_normal, factors,
                                 unit_adder<Cell, S>(p, row, unit));
-      passed(0, unit) = d_gate_o;
+      passed(0, unit) = d_last_gate;
       passed(1, unit) = d_c;
       passed(2, unit) = d_normal;
       sums_of_c[0] = sums_of_c[0] + d_normal;
       sums_of_c[1] = sums_of_c[1] + d_normal * normal(places.c, unit);
     } else {
       V d_input_gates[G], d_hidden_gates[G];
+      UnitWeightGradients<Cell, V> d_weight_ch;
       backward_units<Cell, S, V>(p, row, unit, 1, load_results<Cell, S, V>(p, row, unit, 1), d_h,
-                                 nullptr, at(state.d_h, p.B, p.P, lane, b) + unit, nullptr,
-                                 d_input_gates, d_hidden_gates, nullptr, factors);
+                                 w.weight_ch, at(state.d_h, p.B, p.P, lane, b) + unit, nullptr,
+                                 d_input_gates, d_hidden_gates, d_weight_ch.values, factors);
+      d_weight_ch.pass_to(unit_adder<Cell, S>(p, row, unit));
       pass_gates(unit, d_input_gates, d_hidden_gates);
     }
   });
@@ -491,10 +493,11 @@ KERNEL void backward_row_kernel(RecurrenceBackwardParams p, BackwardState<S> sta
         through(statistics[norm_of_c(p.variation.layer_norm)], sums_of_c, p.H);
     own_units(p.H, [&](int64_t unit) {
       V d_gates[G];
-      d_gates[Cell::O] = passed(0, unit);
+      d_gates[G - 1] = passed(0, unit);
       const V d_c = passed(1, unit) + through_c.at(passed(2, unit), normal(places.c, unit));
-      backward_c_units<Cell, S>(p, row, unit, 1, d_c, w, at(state.d_c, p.B, p.H, lane, b) + unit,
-                                d_gates, unit_adder<Cell, S>(p, row, unit));
+      backward_c_units<Cell, S>(p, row, unit, 1, d_c, w, at(state.d_h, p.B, p.P, lane, b) + unit,
+                                at(state.d_c, p.B, p.H, lane, b) + unit, d_gates,
+                                unit_adder<Cell, S>(p, row, unit));
       pass_gates(unit, d_gates, d_gates);
     });
   }
