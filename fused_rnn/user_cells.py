@@ -229,6 +229,7 @@ def _library(name: str, struct: str, header: Path, verbose: bool) -> dict[str, d
             f"namespace fused_rnn::user {{\nusing {name} = {struct};\n}}\n"
             f"#define FUSED_RNN_FOR_EACH_CELL(X) X({name}, user::{name})\n",
         )
+        _check(name, struct, header, folder, csrc)
         wrappers = []
         for source in compiled:  # torch names objects by files alone, and two are called plan
             wrappers.append(folder / source.replace("/", "_"))
@@ -249,7 +250,7 @@ def _library(name: str, struct: str, header: Path, verbose: bool) -> dict[str, d
                 verbose=verbose,
             )
         except RuntimeError as error:
-            raise RuntimeError(f"{header} does not compile:\n{_complaints(str(error))}") from error
+            raise RuntimeError(f"{header} does not compile:\n{_complaints(str(error))}") from None
     # Loaded for good: the engine calls into it.
     found = ctypes.CDLL(library).fused_rnn_library
     address = ctypes.cast(found, ctypes.c_void_p).value
@@ -269,16 +270,61 @@ def _expect_compiler(compiler: str, has_ninja: bool) -> None:
         raise RuntimeError("load_cell needs ninja: pip install ninja")
 
 
+def _check(name: str, struct: str, header: Path, folder: Path, csrc: Path) -> None:
+    """Says within a second what is wrong with a cell that has yet to be compiled.
+
+    ``csrc/cells/check.cpp`` is compiled with it: its constants, then its functions, run on values
+    that know what they were made of (``csrc/cells/check.h``).
+    """
+    # Not before: most who load a cell find it compiled.
+    import subprocess
+
+    from torch.utils import cpp_extension
+
+    if any(folder.glob("*.so")):
+        return
+    program = folder / "check"
+    command = [
+        *shlex.split(cpp_extension.get_cxx_compiler()), "-std=c++17", "-O0", "-w",
+        "-DFUSED_RNN_USER_CELLS", f"-I{folder}", f"-I{csrc}", str(csrc / "cells" / "check.cpp"),
+        "-o", str(program),
+    ]  # fmt: skip
+    built = subprocess.run(command, capture_output=True, text=True)
+    if built.returncode != 0:
+        raise RuntimeError(f"{header} does not compile:\n{_complaints(built.stderr)}")
+    found = subprocess.run([str(program)], capture_output=True, text=True)
+    program.unlink()
+    if found.returncode != 0:
+        faults = found.stdout.replace(f"{name}::", f"{struct}::").splitlines()
+        if found.returncode != 1:
+            faults.append(f"{struct}: its functions end the program that runs them")
+        raise RuntimeError(
+            f"{header} is not what csrc/cells/cell.h says of cells:\n{_shortened(faults)}"
+        )
+    print(f"fused_rnn: compiling {struct}, once for this machine", file=sys.stderr)
+
+
 def _complaints(output: str) -> str:
-    """The errors among what a build has printed, each with the lines that show where."""
+    """The errors among what a build has printed, each with the lines that show where.
+
+    Of what a static assertion refuses the compiler goes on to complain, too: it comes first.
+    """
     lines = output.splitlines()
     found = [i for i, line in enumerate(lines) if re.search(r"\b(fatal )?error:", line)]
-    if not found:
-        return output
+    found.sort(key=lambda i: "static assertion" not in lines[i] and "static_assert" not in lines[i])
+    if not found:  # the linker's words, or none: the last ones, without the commands among them
+        return _shortened(
+            [line for line in lines if not re.search(r" -[co] |^FAILED: ", line)][-18:]
+        )
     shown = dict.fromkeys(
         i for first in found[:5] for i in range(first, min(first + 4, len(lines)))
     )
-    return "\n".join(lines[i] for i in shown)
+    return _shortened([lines[i] for i in shown])
+
+
+def _shortened(lines: list[str]) -> str:
+    """As much as can be read of a message."""
+    return "\n".join(line if len(line) <= 300 else f"{line[:300]} ..." for line in lines[:18])
 
 
 def _write(path: Path, text: str) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import (
+    as_tuple,
     assert_close_like_torch,
     assert_equal,
     by_reference,
@@ -23,7 +24,7 @@ from helpers import (
     run,
     states,
 )
-from native import BUILD, ROOT
+from native import BUILD, CSRC, ROOT
 from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 
@@ -32,6 +33,7 @@ from fused_rnn import ops, user_cells
 from fused_rnn.cells import Call
 
 DREAMER = ROOT / "examples" / "dreamer_gru.h"
+OWN_CELLS = ROOT / "tests" / "own_cells"  # of other shapes than any cell of fused_rnn
 FOLDER = BUILD / "extensions"  # kept from run to run
 
 # Cells that are those of fused_rnn under another name.
@@ -48,6 +50,48 @@ def dreamer(input_gates: Tensor, hidden_gates: Tensor, state: Any) -> Any:
     return u * torch.tanh(r * s) + (1 - u) * h, None, {"r": r, "u": u}
 
 
+def two_gates(input_gates: Tensor, hidden_gates: Tensor, state: Any) -> Any:
+    h, _ = state
+    (input_f, input_n), (hidden_f, hidden_n) = (
+        gates.chunk(2, dim=-1) for gates in (input_gates, hidden_gates)
+    )
+    f = torch.sigmoid(input_f + hidden_f)
+    n = torch.tanh(input_n + f * hidden_n)
+    return h + f * (n - h), None, {"f": f, "n": n}
+
+
+def five_gates(
+    input_gates: Tensor,
+    hidden_gates: Tensor,
+    state: Any,
+    weights: Tensor,
+    *,
+    through: Any = lambda c: (c, c),
+) -> Any:
+    h, c = state
+    w_0, w_1 = weights.chunk(2)
+    i, f, g, m, o = (input_gates + hidden_gates).chunk(5, dim=-1)
+    i, f, m = torch.sigmoid(i + w_0 * c), torch.sigmoid(f), torch.sigmoid(m - 0.5)
+    c, inside = through(f * c + i * g / (1 + g.abs()) + m * h)
+    o = torch.sigmoid(o + w_0 * c + w_1)
+    return o * torch.tanh(inside), c, {"o": o}
+
+
+def late_of_two(
+    input_gates: Tensor, hidden_gates: Tensor, state: Any, weight: Tensor, product: Any
+) -> Any:
+    h, _ = state
+    (input_r, input_n), (hidden_r, _) = (
+        gates.chunk(2, dim=-1) for gates in (input_gates, hidden_gates)
+    )
+    r = torch.sigmoid(input_r + hidden_r)
+    _, hidden_n = product(r * h).chunk(2, dim=-1)
+    return h + weight * (torch.tanh(input_n + hidden_n) - h), None, {"r": r}
+
+
+REFERENCES = {"two_gates": two_gates, "five_gates": five_gates, "late_of_two": late_of_two}
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _folder() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
@@ -58,6 +102,12 @@ def _folder() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def Dreamer() -> Any:
     return fused_rnn.load_cell(DREAMER, reference=dreamer)
+
+
+@pytest.fixture(scope="module", params=REFERENCES)
+def own_cell(request: pytest.FixtureRequest) -> Any:
+    header = OWN_CELLS / f"{request.param}.h"
+    return fused_rnn.load_cell(header, reference=REFERENCES[request.param])
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +142,28 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def test_equals_the_plain_loop(
     Dreamer: Any, options: dict[str, Any], dtype: torch.dtype, ragged: bool
 ) -> None:
+    check_against_the_loop(Dreamer, options, dtype, ragged)
+
+
+def is_late(layer_class: Any) -> bool:
+    """Whether a gate waits for the others; then they are never there to be normalised together."""
+    return bool(ops.CELLS[layer_class(1, 1)._cell()].late_gate)
+
+
+@pytest.mark.parametrize("ragged", [False, True], ids=["dense", "ragged"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", ["plain", "joint", "separate", "drawn"])
+def test_any_number_of_gates(own_cell: Any, options: str, dtype: torch.dtype, ragged: bool) -> None:
+    """Two, five, and two of which one is late; normalised over all of them."""
+    chosen = OPTIONS[options]
+    if "layer_norm" in chosen and is_late(own_cell):
+        return  # test_refused
+    check_against_the_loop(own_cell, chosen, dtype, ragged)
+
+
+def check_against_the_loop(
+    layer_class: Any, options: dict[str, Any], dtype: torch.dtype, ragged: bool
+) -> None:
     T, B = 7, 4
     given: dict[str, Any] = {}
     if ragged:
@@ -103,7 +175,7 @@ def test_equals_the_plain_loop(
     ours, plain, exact = [], [], []
     for seed in range(4):
         torch.manual_seed(seed)
-        layer = Dreamer(5, 9, dtype=dtype, **options)
+        layer = layer_class(5, 9, dtype=dtype, **options)
         with torch.no_grad():
             for parameter in layer.parameters():
                 parameter.copy_(dyadic(*parameter.shape) / 2)
@@ -121,17 +193,29 @@ def test_equals_the_plain_loop(
 
 @pytest.mark.parametrize("options", [{}, {"layer_norm": "joint"}, {"zoneout": 0.3}], ids=str)
 def test_gradients(Dreamer: Any, options: dict[str, Any]) -> None:
-    layer = Dreamer(2, 3, bidirectional=True, dtype=torch.float64, **options).eval()
+    check_gradients(Dreamer(2, 3, bidirectional=True, dtype=torch.float64, **options).eval())
+
+
+@pytest.mark.parametrize("layer_norm", [False, "joint", "separate"])
+def test_gradients_of_any_number_of_gates(own_cell: Any, layer_norm: Any) -> None:
+    if not (layer_norm and is_late(own_cell)):
+        check_gradients(own_cell(2, 3, dtype=torch.float64, layer_norm=layer_norm))
+
+
+def check_gradients(layer: Any) -> None:
     parameters = dict(layer.named_parameters())
     input = torch.randn(3, 2, 2, dtype=torch.float64, requires_grad=True)
-    hx = torch.randn(2, 2, 3, dtype=torch.float64, requires_grad=True)
+    hx = [t.clone().requires_grad_() for t in as_tuple(states(layer, 2))]
 
-    def call(input: Tensor, hx: Tensor, *values: Tensor) -> Any:
-        given = dict(zip(parameters, values, strict=True))
-        return torch.func.functional_call(layer, given, (input, hx))
+    def call(input: Tensor, *values: Tensor) -> Any:
+        given = dict(zip(parameters, values[len(hx) :], strict=True))
+        state = values[0] if len(hx) == 1 else values[: len(hx)]
+        output, final = torch.func.functional_call(layer, given, (input, state))
+        return output, *as_tuple(final)
 
-    assert torch.autograd.gradcheck(call, (input, hx, *parameters.values()), check_forward_ad=True)
-    assert torch.autograd.gradgradcheck(call, (input, hx, *parameters.values()))
+    given = (input, *hx, *parameters.values())
+    assert torch.autograd.gradcheck(call, given, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(call, given)
 
 
 @pytest.mark.parametrize(
@@ -337,6 +421,100 @@ def test_does_not_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     for _ in range(2):
         with pytest.raises(RuntimeError, match=r"does not compile:\n.*broken_cell\.h:3:\d+: error"):
             fused_rnn.load_cell(header)
+
+
+LATE, SPLIT, WITH_C = (
+    {f"{name} = false": f"{name} = true"} for name in ("late_gate", "split_gates", "has_c")
+)
+# What a cell may get wrong: changes of Dreamer's, and what is said of it.
+WRONG: dict[str, tuple[dict[str, str], str]] = {
+    "reads beyond saved": ({"r = saved[0]": "r = saved[3]"}, r"saved\[3\], where saved = 3"),
+    "sets beyond saved": (
+        {"saved[2] = u": "saved[3] = u"},
+        r"forward sets saved\[3\], where saved",
+    ),
+    "does not save": ({"saved[2] = u;": ""}, r"forward makes saved\[2\] of a value that was never"),
+    "reads no gate": (
+        {"sigmoid(input_gates[2]": "sigmoid(input_gates[3]"},
+        r"input_gates\[3\], where gates = 3",
+    ),
+    "reads h unasked": (
+        {"reads_prev_h = true": "reads_prev_h = false"},
+        r"prev\.h, where reads_prev_h = false",
+    ),
+    "reads the new h unasked": (
+        {"u = saved[2]": "u = next.h", "const State<V>&,\n": "const State<V>& next,\n"},
+        r"next\.h, where reads_h = false",
+    ),
+    "reads no c": (
+        {"next.h = prev.h": "next.h = prev.c"},
+        r"forward .* prev\.c, where has_c = false",
+    ),
+    "leaves a gradient out": (
+        {"int k = 0": "int k = 1"},
+        r"backward makes d_hidden_gates\[0\] of a val",
+    ),
+    "has no gates": ({"gates = 3": "gates = 0"}, "gates: a cell has at least one gate"),
+    "has one gate, a late one": ({"gates = 3": "gates = 1"} | LATE, "so there are at least two"),
+    "saves no early gates": ({"saved = 3": "saved = 1"} | LATE, "in saved, which is too small"),
+    "splits late gates": (LATE | SPLIT, "late_gate: a cell with a late gate does not split"),
+    "has a late gate and c": (LATE | WITH_C, "late_gate: a cell with a late gate has no c"),
+    "splits gates beside c": (SPLIT | WITH_C, "has_c: a cell with c does not split its gates"),
+    "saves nothing beside c": (
+        {"saved = 3": "saved = 0"} | WITH_C,
+        "in the last of saved, which is",
+    ),
+    "has no halves": (WITH_C, "forward_c.* is not a member"),
+    "forgets a constant": ({"static constexpr int saved = 3;": ""}, "saved.* is not a member"),
+    "ends the program": (
+        {"tanh(r * s) - prev.h": "*(V*)0 - prev.h"},
+        "end the program that runs them",
+    ),
+}
+
+
+@pytest.mark.parametrize("changes, words", WRONG.values(), ids=list(WRONG))
+def test_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, str], words: str
+) -> None:
+    """Said in a few lines, and before anything of the engines is compiled."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    text = DREAMER.read_text()
+    for before, after in changes.items():
+        assert before in text
+        text = text.replace(before, after)
+    header = tmp_path / "dreamer_gru.h"
+    header.write_text(text)
+    with pytest.raises(RuntimeError, match=words) as found:
+        fused_rnn.load_cell(header)
+    assert len(str(found.value).splitlines()) <= 20 and str(header) in str(found.value)
+    assert found.value.__cause__ is None and found.value.__context__ is None
+    assert not [*tmp_path.rglob("*.o"), *tmp_path.rglob("build.ninja")]
+
+
+def test_complaints_are_short() -> None:
+    """What a static assertion says first; no commands; of lines without an error the last ones."""
+    around = [f"note {i}" for i in range(30)]
+    lines = [*around, "a.h:1: error: a", *around, "a.h:2: error: static assertion failed: words"]
+    shown = user_cells._complaints("\n".join(lines)).splitlines()
+    assert shown[0].endswith("words") and len(shown) <= 18 and "a.h:1: error: a" in shown
+    lines = ["FAILED: a.o", "c++ -MMD -c a.cpp -o a.o", *around, "ld: cannot find -lm", "x" * 1000]
+    shown = user_cells._complaints("\n".join(lines)).splitlines()
+    assert "ld: cannot find -lm" in shown and len(shown) <= 18 and max(map(len, shown)) < 310
+    assert not [line for line in shown if "FAILED" in line or "-MMD" in line]
+
+
+def test_says_that_it_compiles(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """In one line, and only if it has to."""
+    (tmp_path / "user_cells.h").write_text(
+        f'#include "{DREAMER}"\n#define FUSED_RNN_FOR_EACH_CELL(X) X(a_name, user::DreamerGru)\n'
+    )
+    given = ("a_name", "DreamerGru", DREAMER, tmp_path, CSRC)
+    user_cells._check(*given)
+    assert capfd.readouterr().err == "fused_rnn: compiling DreamerGru, once for this machine\n"
+    (tmp_path / "a_name.so").touch()
+    user_cells._check(*given)
+    assert capfd.readouterr().err == ""
 
 
 def test_speed(Dreamer: Any) -> None:
