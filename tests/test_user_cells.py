@@ -86,7 +86,7 @@ def late_of_two(
     )
     r = torch.sigmoid(input_r + hidden_r)
     _, hidden_n = product(r * h).chunk(2, dim=-1)
-    return h + weight * (torch.tanh(input_n + hidden_n) - h), None, {"r": r}
+    return h / 2 + weight * torch.tanh(input_n + hidden_n), None, {"r": r}
 
 
 REFERENCES = {"two_gates": two_gates, "five_gates": five_gates, "late_of_two": late_of_two}

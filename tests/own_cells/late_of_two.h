@@ -2,7 +2,7 @@
 //
 //   r = sigmoid(input_gates[0] + hidden_gates[0])
 //   n = tanh   (input_gates[1] + hidden_gates[1])      whose product reads r h_{t-1}
-//   h_t = h_{t-1} + w (n - h_{t-1})
+//   h_t = h_{t-1} / 2 + w n
 //
 // Reserve: r, n.
 #pragma once
@@ -35,19 +35,19 @@ struct LateOfTwo {
   static HOST_DEVICE void forward(const V* input_gates, const V* hidden_gates, const V* weights,
                                   const State<V>& prev, State<V>& next, V* saved) {
     const V n = tanh(input_gates[1] + hidden_gates[1]);
-    next.h = prev.h + weights[0] * (n - prev.h);
+    next.h = prev.h * V(0.5) + weights[0] * n;
     saved[1] = n;
   }
 
   template <class V>
-  static HOST_DEVICE void backward(const V* saved, const V* weights, const State<V>& prev,
+  static HOST_DEVICE void backward(const V* saved, const V* weights, const State<V>&,
                                    const State<V>&, const State<V>& d_next, V* d_input_gates,
                                    V* d_hidden_gates, V* d_weights, State<V>& d_prev) {
     const V n = saved[1];
     d_input_gates[1] = d_next.h * weights[0] * (V(1) - n * n);
     d_hidden_gates[1] = d_input_gates[1];
-    d_weights[0] = d_next.h * (n - prev.h);
-    d_prev.h = d_next.h * (V(1) - weights[0]);
+    d_weights[0] = d_next.h * n;
+    d_prev.h = d_next.h * V(0.5);
   }
 
   template <class V>
