@@ -30,7 +30,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import fused_rnn
 from fused_rnn import ops, user_cells
-from fused_rnn.cells import Call
+from fused_rnn.cells import CELLS, Call
 
 DREAMER = ROOT / "examples" / "dreamer_gru.h"
 OWN_CELLS = ROOT / "tests" / "own_cells"  # of other shapes than any cell of fused_rnn
@@ -147,7 +147,7 @@ def test_equals_the_plain_loop(
 
 def is_late(layer_class: Any) -> bool:
     """Whether a gate waits for the others; then they are never there to be normalised together."""
-    return bool(ops.CELLS[layer_class(1, 1)._cell()].late_gate)
+    return bool(CELLS[layer_class(1, 1)._cell()].late_gate)
 
 
 @pytest.mark.parametrize("ragged", [False, True], ids=["dense", "ragged"])

@@ -26,9 +26,15 @@ namespace fused_rnn {
   cpu::DropoutFn dropout_function(DType d);                      \
   double multiply_add_function(int64_t rounds);                  \
   }
+#ifdef FUSED_RNN_USER_CELLS
+// What has no cell is the extension's.
+#define FUSED_RNN_FUNCTIONS(isa) \
+  isa::forward_function, isa::backward_function, nullptr, nullptr, nullptr, nullptr
+#else
 #define FUSED_RNN_FUNCTIONS(isa)                                                  \
   isa::forward_function, isa::backward_function, isa::attention_forward_function, \
       isa::attention_backward_function, isa::dropout_function, isa::multiply_add_function
+#endif
 FUSED_RNN_DECLARE(portable)
 FUSED_RNN_DECLARE(avx2)
 FUSED_RNN_DECLARE(avx512)

@@ -54,8 +54,10 @@ using cpu::run_phases;
 #include "product.h"
 #include "forward.h"
 #include "backward.h"
+#ifndef FUSED_RNN_USER_CELLS
 #include "attention.h"
 #include "peak.h"
+#endif
 
 template <class Cell, class S>
 void forward(const LayerForwardParams& p, const Host& host) {
@@ -88,10 +90,7 @@ BackwardFn dual_backward_function(CellId cell, DType dtype) {
   return dtype == DType::dual32 ? backward_of<Dual<float> >(cell)
                                 : backward_of<Dual<double> >(cell);
 }
-#else
-double multiply_add_function(int64_t rounds) { return multiply_adds(rounds); }
-
-#ifdef FUSED_RNN_ELSE
+#elif defined(FUSED_RNN_ELSE)
 // A set that has something of its own for layers of bfloat16 only leaves the rest to another.
 ForwardFn forward_function(CellId cell, DType dtype) {
   return dtype == DType::bfloat16 ? forward_of<BFloat16>(cell)
@@ -101,6 +100,33 @@ BackwardFn backward_function(CellId cell, DType dtype) {
   return dtype == DType::bfloat16 ? backward_of<BFloat16>(cell)
                                   : FUSED_RNN_ELSE::backward_function(cell, dtype);
 }
+#else
+// In the order of DType. Layers take duals as well, from a translation unit of their own.
+#ifndef FUSED_RNN_BY_DTYPE
+#define FUSED_RNN_BY_DTYPE(function) \
+  {function<float>, function<double>, function<BFloat16>, function<Half>}
+#endif
+
+bool carries_duals(DType dtype) { return dtype == DType::dual32 || dtype == DType::dual64; }
+
+ForwardFn forward_function(CellId cell, DType dtype) {
+  static constexpr ForwardFn (*table[])(CellId) = FUSED_RNN_BY_DTYPE(forward_of);
+  return carries_duals(dtype) ? dual_forward_function(cell, dtype)
+                              : table[static_cast<int>(dtype)](cell);
+}
+BackwardFn backward_function(CellId cell, DType dtype) {
+  static constexpr BackwardFn (*table[])(CellId) = FUSED_RNN_BY_DTYPE(backward_of);
+  return carries_duals(dtype) ? dual_backward_function(cell, dtype)
+                              : table[static_cast<int>(dtype)](cell);
+}
+#endif
+
+// ---- what has no cell, and is the extension's alone
+
+#if !defined(FUSED_RNN_DUALS) && !defined(FUSED_RNN_USER_CELLS)
+double multiply_add_function(int64_t rounds) { return multiply_adds(rounds); }
+
+#ifdef FUSED_RNN_ELSE
 AttentionForwardFn attention_forward_function(DType dtype) {
   return FUSED_RNN_ELSE::attention_forward_function(dtype);
 }
@@ -133,24 +159,6 @@ void attention_backward(const AttentionBackwardParams& p, const Host& host) {
   AttentionBackward<S>(p, host).run();
 }
 
-// In the order of DType. Layers take duals as well, from a translation unit of their own.
-#ifndef FUSED_RNN_BY_DTYPE
-#define FUSED_RNN_BY_DTYPE(function) \
-  {function<float>, function<double>, function<BFloat16>, function<Half>}
-#endif
-
-bool carries_duals(DType dtype) { return dtype == DType::dual32 || dtype == DType::dual64; }
-
-ForwardFn forward_function(CellId cell, DType dtype) {
-  static constexpr ForwardFn (*table[])(CellId) = FUSED_RNN_BY_DTYPE(forward_of);
-  return carries_duals(dtype) ? dual_forward_function(cell, dtype)
-                              : table[static_cast<int>(dtype)](cell);
-}
-BackwardFn backward_function(CellId cell, DType dtype) {
-  static constexpr BackwardFn (*table[])(CellId) = FUSED_RNN_BY_DTYPE(backward_of);
-  return carries_duals(dtype) ? dual_backward_function(cell, dtype)
-                              : table[static_cast<int>(dtype)](cell);
-}
 AttentionForwardFn attention_forward_function(DType dtype) {
   static constexpr AttentionForwardFn table[] = FUSED_RNN_BY_DTYPE(attention_forward);
   return table[static_cast<int>(dtype)];
