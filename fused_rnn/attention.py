@@ -566,9 +566,7 @@ class AttentionDecoder(nn.Module):
         memory, lengths = self._check_memory(memory, lengths)
         return self._first_state(memory, hx, lengths)
 
-    def _check_memory(
-        self, memory: Tensor, lengths: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def _check_memory(self, memory: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Memory with zeros for what lengths exclude, and lengths as int64."""
         _expect_shape("memory", memory, (None, None, self.memory_size), ("B", "S", "memory_size"))
         _expect_like("memory", memory, self.output.weight)

@@ -285,10 +285,31 @@ def _triton_kernels() -> Any:
 
 
 @torch.library.impl("fused_rnn::additive_attention_forward", "CUDA")
-def _attention_forward_cuda(*arguments: Any) -> tuple[Tensor, ...]:
-    return _triton_kernels().forward(*arguments)
+def _attention_forward_cuda(
+    primals: Sequence[Tensor],
+    lengths: Tensor | None,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    settings: Settings,
+) -> tuple[Tensor, ...]:
+    causal, *wanted = map(bool, settings)
+    tensors = (*primals, None)[:5]
+    return _triton_kernels().forward(*tensors, lengths, mask, causal, dropout_p, seed, *wanted)
 
 
 @torch.library.impl("fused_rnn::additive_attention_backward", "CUDA")
-def _attention_backward_cuda(*arguments: Any) -> list[Tensor]:
-    return _triton_kernels().backward(*arguments)
+def _attention_backward_cuda(
+    grads: Sequence[Tensor | None],
+    primals: Sequence[Tensor],
+    results: Sequence[Tensor],
+    rest: Sequence[Tensor | None],
+    dropout_p: float,
+    settings: Settings,
+) -> list[Tensor]:
+    lengths, mask, seed = rest
+    tensors = (*primals, None)[:5]
+    found = _triton_kernels().backward(
+        *grads, *tensors, lengths, mask, bool(settings[0]), dropout_p, seed, *results
+    )
+    return list(found[: len(primals)])

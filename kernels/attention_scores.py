@@ -236,7 +236,9 @@ def _sum_wide(
     rows = tl.arange(0, TM)[:, None, None, None] * TQ + tl.arange(0, TQ)[None, None, :, None]
     cols = tl.arange(0, TN)[None, :, None, None] * 32 + tl.arange(0, 32)[None, None, None, :]
     for a in range(0, count):
-        _, m = _exponential(_clamp(2.0 * (tl.load(left + rows) + tl.load(keys + cols)), -87.0, 20.0))
+        _, m = _exponential(
+            _clamp(2.0 * (tl.load(left + rows) + tl.load(keys + cols)), -87.0, 20.0)
+        )
         total = tl.fma(tl.load(weight + a) * m, _reciprocal(m + 2.0, FAST), total)
         left += left_stride
         keys += key_stride
@@ -445,7 +447,7 @@ def forward_kernel(
             tl.store(at, s, mask=(r < Tq - first)[:, None] & (n < Tk - start)[None, :])
         m, total, scale, p = _merge(s, m, total)
         if DROPOUT:
-            keep = _keep(b, first, r, start, n, Tq, Tk, seed, dropout_p, WIDE)
+            keep = _keep(b, first, r, start, n, Tq, Tk, tl.load(seed), dropout_p, WIDE)
             p = tl.where(keep, p * dropout_scale, 0.0)
         inside = (n < length - start)[:, None] & (column < D)[None, :]
         there = value + _int64(start) * value_t
@@ -532,7 +534,7 @@ def few_queries_kernel(
             tl.store(scores + row * Tk + start + n[None, :], s, mask=(n < Tk - start)[None, :])
         m, total, scale, p = _merge(s, m, total)
         if DROPOUT:
-            keep = _keep(b, first, r, start, n, Tq, Tk, seed, dropout_p, WIDE)
+            keep = _keep(b, first, r, start, n, Tq, Tk, tl.load(seed), dropout_p, WIDE)
             p = tl.where(keep, p * dropout_scale, 0.0)
         inside = tl.trans(allowed) & (column < D)[None, :]
         there = value + _int64(start) * value_t
@@ -652,7 +654,7 @@ def d_scores_kernel(
             d_p = _dot(g, v, d_p, FAST)
         kept = p
         if DROPOUT:
-            keep = _keep(b, first, r, start, n, Tq, Tk, seed, dropout_p, WIDE)
+            keep = _keep(b, first, r, start, n, Tq, Tk, tl.load(seed), dropout_p, WIDE)
             d_p = tl.where(keep, d_p * dropout_scale, 0.0)
             kept = tl.where(keep, p * dropout_scale, 0.0)
         tl.store(dropped + at, _narrow(kept, dropped.dtype.element_ty, FAST), mask=inside)
@@ -840,7 +842,9 @@ class _Prepared:
         Tk = self.key.shape[1]
         key_stride = _cdiv(Tk, KEY_ALIGNMENT) * KEY_ALIGNMENT
         left, _ = self._run(self.query, left_stride, (self.A2 * left_stride, 1, left_stride), False)
-        keys, tangents = self._run(self.key, key_stride, (self.A2 * key_stride, 1, key_stride), True)
+        keys, tangents = self._run(
+            self.key, key_stride, (self.A2 * key_stride, 1, key_stride), True
+        )
         return {
             "left": left, "modes": self.modes, "keys": keys, "tangents": tangents,
             "left_stride": left_stride, "key_stride": key_stride, "A2": self.A2,
@@ -884,10 +888,13 @@ def _mask_arguments(mask: Tensor | None, query: Tensor, Tk: int) -> dict[str, An
     }  # fmt: skip
 
 
-def _dropout_arguments(dropout_p: float, seed: int) -> dict[str, Any]:
+def _dropout_arguments(dropout_p: float, seed: Tensor | None, query: Tensor) -> dict[str, Any]:
     scale = 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
-    # A tensor would be read on the host; as an argument of its own type it costs no compilation.
-    return {"seed": seed, "dropout_p": float(dropout_p), "dropout_scale": scale}
+    return {
+        # Read by the kernel: nobody waits, and a captured graph draws anew at every replay.
+        "seed": query.new_empty((1,), dtype=torch.int64) if seed is None else seed,
+        "dropout_p": float(dropout_p), "dropout_scale": scale,
+    }  # fmt: skip
 
 
 def _splits(programs: int, Tk: int, device: torch.device) -> tuple[int, int]:
@@ -911,7 +918,7 @@ def forward(
     mask: Tensor | None,
     causal: bool,
     dropout_p: float,
-    seed: int,
+    seed: Tensor | None,
     want_weights: bool,
     want_scores: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -922,7 +929,8 @@ def forward(
         lengths: (B,) int64, how many keys of each row count.
         mask: (B, Tq, Tk) or (B, 1, Tk) bool, True where i may attend to j.
         causal: i may attend to j <= i only.
-        dropout_p, seed: weight_ij is dropped where tl.rand(seed, (b Tq + i) Tk + j) <= dropout_p.
+        dropout_p: weight_ij is dropped where tl.rand(seed, (b Tq + i) Tk + j) <= dropout_p.
+        seed: () int64, or None without dropout.
 
     Returns:
         context (B, Tq, D), logsumexp (B, Tq) float32, weights (B, Tq, Tk) before dropout, scores
@@ -962,7 +970,7 @@ def forward(
             "HAS_LENGTHS": lengths is not None, "CAUSAL": causal, "DROPOUT": dropout_p > 0,
             "WIDE": B * Tq * Tk >= 2**31,
             "SCORES": wanted, "FAST": not INTERPRETING, "BD": BD,
-            **_mask_arguments(mask, query, Tk), **_dropout_arguments(dropout_p, seed),
+            **_mask_arguments(mask, query, Tk), **_dropout_arguments(dropout_p, seed, query),
         }  # fmt: skip
         if few:
             few_queries_kernel[(B * Tq, columns, splits)](
@@ -1047,7 +1055,7 @@ def backward(
     mask: Tensor | None,
     causal: bool,
     dropout_p: float,
-    seed: int,
+    seed: Tensor | None,
     context: Tensor,
     logsumexp: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -1100,7 +1108,7 @@ def backward(
         GRAD_CONTEXT=grad_context is not None, GRAD_WEIGHTS=grad_weights is not None,
         GRAD_SCORES=grad_scores is not None, WIDE=B * Tq * Tk >= 2**31, FAST=not INTERPRETING,
         BK=32,
-        **_mask_arguments(mask, query, Tk), **_dropout_arguments(dropout_p, seed),
+        **_mask_arguments(mask, query, Tk), **_dropout_arguments(dropout_p, seed, query),
     )  # fmt: skip
     del spaces
     if grad_weights is not None:

@@ -264,7 +264,11 @@ def allowed_of(shape: tuple[int, ...], options: dict[str, Any]) -> Tensor:
 def planted(clean: dict[str, Any], allowed: Tensor) -> dict[str, Any]:
     """With NaN and infinities for queries that attend to nothing, and keys that nobody meets."""
     dirty = {k: None if t is None else t.clone() for k, t in clean.items()}
-    for name, met in (("query", allowed.any(2)), ("key", allowed.any(1)), ("value", allowed.any(1))):
+    for name, met in (
+        ("query", allowed.any(2)),
+        ("key", allowed.any(1)),
+        ("value", allowed.any(1)),
+    ):
         for n, place in enumerate((~met).nonzero().tolist()):
             dirty[name][tuple(place)] = ODD[n % 3]
     return dirty

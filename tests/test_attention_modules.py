@@ -549,9 +549,7 @@ def test_decoder_is_the_loop(
 )
 def test_nothing_excluded_reaches_a_decoder(attention: str, coverage: bool, feeding: bool) -> None:
     """By ``forward``, by ``step``, and where ``step`` is the first to hear of the lengths."""
-    decoder, tensors = decoder_case(
-        "gru", attention, coverage=coverage, input_feeding=feeding
-    )
+    decoder, tensors = decoder_case("gru", attention, coverage=coverage, input_feeding=feeding)
     dirty = planted(tensors, {"memory": torch.arange(S) < LENGTHS.unsqueeze(1)})
 
     def told_late(inputs: Tensor, memory: Tensor, hx: Tensor, *, lengths: Tensor) -> Any:

@@ -111,7 +111,7 @@ def check(
     shape = (*tensors[0].shape[:2], tensors[1].shape[1])
     allowed = allowed_of(shape, lengths, mask, causal)
     context, lse, weights, scores = kernels.forward(
-        *tensors, lengths, mask, causal, dropout_p, 7, True, True
+        *tensors, lengths, mask, causal, dropout_p, torch.tensor(7), True, True
     )
     new = [torch.randn(x.shape) for x in (context, weights, scores)]
     grads = tuple(g if want else None for g, want in zip(new, wanted, strict=True))
@@ -120,7 +120,9 @@ def check(
     near("weights", weights, expected[1])
     near("scores", scores, expected[2])
     near("logsumexp", lse, expected[2].logsumexp(-1))
-    got = kernels.backward(*grads, *tensors, lengths, mask, causal, dropout_p, 7, context, lse)
+    got = kernels.backward(
+        *grads, *tensors, lengths, mask, causal, dropout_p, torch.tensor(7), context, lse
+    )
     assert tensors[4] is not None or got[4].shape == (0,)
     for name, g, e in zip(INPUT_NAMES, got, expected_grads, strict=False):
         near(f"d_{name}", g, e)
@@ -226,10 +228,10 @@ def test_as_accurate_as_plain_torch(Tq: int, spread: float, heavy: float) -> Non
             tensors[3] = tensors[3].abs()
         tensors[4] *= 0.3 * spread
         context, lse, weights, scores = kernels.forward(
-            *tensors, None, None, False, 0.0, 0, True, True
+            *tensors, None, None, False, 0.0, None, True, True
         )  # fmt: skip
         grads = (torch.randn(context.shape), None, None)
-        found = kernels.backward(*grads, *tensors, None, None, False, 0.0, 0, context, lse)
+        found = kernels.backward(*grads, *tensors, None, None, False, 0.0, None, context, lse)
         ours.append(dict(zip(names, (context, weights, scores, *found), strict=True)))
         for results, dtype in ((torchs, torch.float32), (exact, torch.float64)):
             values, gradients = run_reference(tensors, allowed, None, grads, dtype)
@@ -260,7 +262,7 @@ def test_nothing_excluded_reaches_a_result_or_a_gradient(Tq: int, kind: str) -> 
     grads = [torch.randn(s) for s in ((2, Tq, 3), shape, shape)]
     results = []
     for given in (tensors, dirty):
-        rest = (lengths, mask, kind == "causal", 0.0, 0)
+        rest = (lengths, mask, kind == "causal", 0.0, None)
         context, lse, weights, scores = kernels.forward(*given, *rest, True, True)
         results.append([context, weights, scores])
         for some in (grads, (grads[0], None, None)):
@@ -280,7 +282,7 @@ def test_who_may_not_attend_to_nan_does_not_notice(Tq: int, which: int) -> None:
     grads = (torch.randn(1, Tq, 3), torch.randn(1, Tq, 21), None)
     results = []
     for given in (tensors, dirty):
-        rest = (None, None, True, 0.0, 0)
+        rest = (None, None, True, 0.0, None)
         context, lse, weights, _ = kernels.forward(*given, *rest, True, False)
         d_query = kernels.backward(*grads, *given, *rest, context, lse)[0]
         results.append((context, weights, d_query))
@@ -294,20 +296,22 @@ def test_who_may_not_attend_to_nan_does_not_notice(Tq: int, which: int) -> None:
 def test_nan_is_not_swallowed(Tq: int) -> None:
     tensors = inputs(1, Tq, 9, 5, 3)
     tensors[1][0, 4, 2] = torch.nan
-    assert kernels.forward(*tensors, None, None, False, 0.0, 0, False, False)[0].isnan().all()
+    assert kernels.forward(*tensors, None, None, False, 0.0, None, False, False)[0].isnan().all()
     tensors = inputs(1, Tq, 9, 5, 3)
     tensors[0][0, 1, 2] = torch.nan
-    context = kernels.forward(*tensors, None, None, False, 0.0, 0, False, False)[0]
+    context = kernels.forward(*tensors, None, None, False, 0.0, None, False, False)[0]
     assert context[0, 1].isnan().all() and context[0, 0].isfinite().all()
 
 
 @interpreted
 def test_strides() -> None:
     query, key, value, weight, bias = inputs(2, 6, 9, 5, 3)
-    plain = kernels.forward(query, key, value, weight, bias, None, None, False, 0.0, 0, True, True)
+    plain = kernels.forward(
+        query, key, value, weight, bias, None, None, False, 0.0, None, True, True
+    )
     strided = kernels.forward(
         query.transpose(0, 1).contiguous().transpose(0, 1), key.mT.contiguous().mT,
-        torch.stack((value, value), -1)[..., 0], weight, bias, None, None, False, 0.0, 0, True, True
+        torch.stack((value, value), -1)[..., 0], weight, bias, None, None, False, 0.0, None, True, True
     )  # fmt: skip
     for a, b in zip(plain, strided, strict=True):
         assert torch.equal(a, b)
@@ -324,7 +328,7 @@ def test_dropout(Tq: int) -> None:
 
     def run(seed: int) -> tuple[Tensor, Tensor]:
         context, _, weights, _ = kernels.forward(
-            *tensors, None, None, False, p, seed, True, False
+            *tensors, None, None, False, p, torch.tensor(seed), True, False
         )  # fmt: skip
         return context, weights
 
@@ -348,13 +352,13 @@ def test_bfloat16(Tq: int) -> None:
     """At most twice the error of the reference in bfloat16, against float64."""
     tensors = [x.bfloat16() for x in inputs(2, Tq, 21, 9, 7)]
     context, lse, weights, scores = kernels.forward(
-        *tensors, None, None, False, 0.0, 0, True, True
+        *tensors, None, None, False, 0.0, None, True, True
     )  # fmt: skip
     grads = (torch.randn(context.shape).bfloat16(), None, None)
     allowed = allowed_of((2, Tq, 21), None, None, False)
     exact, exact_grads = run_reference(tensors, allowed, None, grads)
     same, same_grads = run_reference(tensors, allowed, None, grads, torch.bfloat16)
-    got = kernels.backward(*grads, *tensors, None, None, False, 0.0, 0, context, lse)
+    got = kernels.backward(*grads, *tensors, None, None, False, 0.0, None, context, lse)
     ours = (context, weights, scores, *got)
     for a, e, s in zip(ours, (*exact, *exact_grads), (*same, *same_grads), strict=True):
         assert a.dtype == torch.bfloat16
@@ -365,10 +369,10 @@ def test_bfloat16(Tq: int) -> None:
 @pytest.mark.parametrize("shape", [(0, 3, 5, 2, 3), (2, 0, 5, 2, 3), (2, 3, 0, 2, 3)])
 def test_nothing(shape: tuple[int, ...]) -> None:
     tensors = inputs(*shape)
-    results = kernels.forward(*tensors, None, None, False, 0.0, 0, True, True)
+    results = kernels.forward(*tensors, None, None, False, 0.0, None, True, True)
     assert [x.abs().sum().item() for x in (results[0], results[2])] == [0, 0]
     grads = kernels.backward(
-        results[0], None, None, *tensors, None, None, False, 0.0, 0, results[0], results[1]
+        results[0], None, None, *tensors, None, None, False, 0.0, None, results[0], results[1]
     )
     assert [g.shape for g in grads] == [x.shape for x in tensors]
 
@@ -376,12 +380,12 @@ def test_nothing(shape: tuple[int, ...]) -> None:
 @interpreted
 def test_same_bits_again() -> None:
     tensors = inputs(2, 18, 37, 5, 3)
-    first = kernels.forward(*tensors, None, None, False, 0.2, 3, False, False)
+    first = kernels.forward(*tensors, None, None, False, 0.2, torch.tensor(3), False, False)
     grad = torch.randn(first[0].shape)
 
     def run() -> tuple[Tensor, ...]:
         return kernels.backward(
-            grad, None, None, *tensors, None, None, False, 0.2, 3, first[0], first[1]
+            grad, None, None, *tensors, None, None, False, 0.2, torch.tensor(3), first[0], first[1]
         )
 
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
@@ -395,7 +399,7 @@ FLOATS = [
     "d_bias", "parts", "parts_lse",
 ]  # fmt: skip
 OTHERS = {
-    "modes": "*i32", "lengths": "*i64", "mask": "*u8", "seed": "i64", "dropout_p": "fp32",
+    "modes": "*i32", "lengths": "*i64", "mask": "*u8", "seed": "*i64", "dropout_p": "fp32",
     "dropout_scale": "fp32",
 }  # fmt: skip
 INPUTS = [
