@@ -38,12 +38,11 @@ def forward(
     _refuse_packed(rest)
     input, states, flat = call.split(primals)
     weights = _by_name(call, flat)
-    T, B = input.shape[:2]
     biased = call.has_biases and call.layer_norm != _SEPARATE
     if input.dim() == 3:
         bias = _concatenate(weights["bias_ih"]) if biased else None
         gates = _linear(input, _concatenate(weights["weight_ih"]), bias)
-        gates = gates.view(T, B, call.recurrences, -1)
+        gates = gates.unflatten(2, (call.recurrences, -1))
     else:
         gates = _einsum("tbli,lgi->tblg", input, _stack(weights["weight_ih"]))
         gates = gates + _stack(weights["bias_ih"]) if biased else gates

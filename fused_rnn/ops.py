@@ -253,18 +253,18 @@ def _attention_backward_flops(grads: Any, primals: Any, *_: Any, **__: Any) -> i
 
 
 def compose_layers(
+    lib: torch.library.Library = library,
+    device: str = "CUDA",
     forward: Callable[..., Any] = recurrence_forward,
     backward: Callable[..., Any] = recurrence_backward,
-    namespace: str = "fused_rnn",
-    device: str = "CUDA",
 ) -> None:
-    """Implements the ops of layers on a device by those of recurrences (``composed.py``)."""
+    """Has ``lib`` implement the ops of layers on a device by those of recurrences."""
     for name, implementation, recurrence in (
         ("layer_forward", composed.forward, forward),
         ("layer_backward", composed.backward, backward),
     ):
         implement = functools.partial(_compose, implementation, recurrence, device.lower())
-        torch.library.impl(f"{namespace}::{name}", device, implement)
+        lib.impl(name, implement, device)
 
 
 def _compose(

@@ -142,6 +142,13 @@ ENGINES = [
 ]
 
 
+# What ops of recurrences and dropout need of the binding; layers are composed of them in Python.
+BINDING = [
+    *(f"csrc/binding/{name}.cpp" for name in ("call", "cells", "dropout", "plan", "recurrence")),
+    "csrc/library.cpp",
+]
+
+
 def engines_on_cpu(kernels: Sequence[str] = ENGINES, name: str = "engines_on_cpu") -> Path:
     """The ops ``fused_rnn_cuda_on_cpu::*``: CUDA's engines, run by tests/cuda_on_cpu.
 
@@ -152,7 +159,7 @@ def engines_on_cpu(kernels: Sequence[str] = ENGINES, name: str = "engines_on_cpu
     return shared_library(
         name,
         [
-            [*base, *torch_flags(), *defines, "-Itests", "-c", "csrc/binding.cpp"],
+            *([*base, *torch_flags(), *defines, "-Itests", "-c", source] for source in BINDING),
             *(
                 [*base, "-c", source]
                 for source in (
@@ -172,7 +179,7 @@ def cxx() -> str:
 
 
 def torch_flags() -> list[str]:
-    """What csrc/binding.cpp needs to compile outside setup.py."""
+    """What csrc/binding needs to compile outside setup.py."""
     includes = [
         pybind11.get_include(),
         *cpp_extension.include_paths(),

@@ -10,14 +10,15 @@ result left unwritten is an error.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-import functools
 import itertools
 import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,43 +26,38 @@ import helpers
 import native
 import pytest
 import torch
+from test_ops import call_of, map_tensors, saved_names, wrong_tensors
 from torch import Tensor
 
 import fused_rnn
-from fused_rnn import autograd, composed, ops, reference
+from fused_rnn import autograd, ops, reference
+from fused_rnn.cells import CELLS, PLAIN, Call, Rest, Variation, Weight
 from fused_rnn.reference import Weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-GATES = {name: traits.gates for name, traits in ops.CELLS.items()}
+GATES = {name: traits.gates for name, traits in CELLS.items()}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def per_step():
-    """Routes the library's calls to the CUDA sources for the length of this module."""
-    patch = pytest.MonkeyPatch()
-    patch.setenv("FUSED_RNN_CUDA_ENGINE", "per_step")
-    yield load(native.engines_on_cpu(), patch)
-    patch.undo()
+def per_step() -> Iterator[ctypes.CDLL]:
+    with pytest.MonkeyPatch.context() as patch, routed(native.engines_on_cpu()) as library:
+        patch.setenv("FUSED_RNN_CUDA_ENGINE", "per_step")
+        yield library
 
 
-def load(library: Path, patch: pytest.MonkeyPatch) -> ctypes.CDLL:
-    torch.ops.load_library(str(library))
-    for traits in ops.CELLS.values():
-        if traits.library is fused_rnn._C:  # another test may have loaded a cell of its own
-            ops.compose_layer(traits, "fused_rnn_cuda_on_cpu", "CPU")
-    for direction in ("forward", "backward"):
-        patch.setattr(ops, f"{direction}_op", functools.partial(named_op, direction))
-    return ctypes.CDLL(str(library))
+@contextlib.contextmanager
+def routed(path: Path) -> Iterator[ctypes.CDLL]:
+    """While this lasts, layers on the CPU are composed of the recurrences of a library."""
+    torch.ops.load_library(str(path))
+    with torch.library._scoped_library("fused_rnn", "IMPL") as lib, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"[^$]*Overriding a previously registered kernel")
+        ops.compose_layers(lib, "CPU", *map(recurrence_op, ("forward", "backward")))
+        yield ctypes.CDLL(str(path))
 
 
-def named_op(name: str, cell: str, varied: bool = False) -> Any:
-    kind = f"{cell}_varied" if varied else cell
-    return getattr(torch.ops.fused_rnn_cuda_on_cpu, f"{kind}_{name}").default
-
-
-def recurrence_op(cell: str, direction: str, variant: str = "plain") -> Any:
-    return named_op(f"recurrence_{direction}", cell, variant in VARIED)
+def recurrence_op(direction: str) -> Any:
+    return getattr(torch.ops.fused_rnn_cuda_on_cpu, f"recurrence_{direction}").default
 
 
 def make_case(
@@ -75,35 +71,25 @@ def make_case(
     ragged: bool,
     resets: bool,
     dtype: torch.dtype = torch.float64,
-    variation: ops.Variation | None = None,
+    variation: Variation | None = None,
     seed: int | None = None,
 ) -> dict:
     def random(*shape: int) -> Tensor:
         return (torch.randn(shape, dtype=torch.float64) * 0.5).to(dtype).requires_grad_()
 
-    P, rows = projection or H, GATES[cell] * H
-    norms = {
-        f"ln_{of}_{kind}": H if of == "c" else rows
-        for of in ops.CELLS[cell].norms((variation or ops.PLAIN).layer_norm)
-        for kind in ("weight", "bias")
-    }
+    P = projection or H
+    table = CELLS[cell].table(bias, projection > 0, (variation or PLAIN).layer_norm)
+    sizes = {"I": 3, "H": H, "P": P}
+    absent = dict.fromkeys(("bias_ih", "bias_hh", "weight_hr"))
     weights = [
-        Weights(
-            random(rows, 3),
-            random(rows, P),
-            random(rows) if bias else None,
-            random(rows) if bias else None,
-            random(P, H) if projection else None,
-            random(ops.CELLS[cell].unit_weights * H) if ops.CELLS[cell].unit_weights else None,
-            **{name: random(n) for name, n in norms.items()},
-        )
+        Weights(**(absent | {weight.name: random(*weight.shape(sizes)) for weight in table}))
         for _ in range(directions)
     ]
     return {
         "cell": cell,
         "input": random(T, B, 3),
         "hx": random(directions, B, P),
-        "cx": random(directions, B, H) if ops.CELLS[cell].has_c else None,
+        "cx": random(directions, B, H) if CELLS[cell].has_c else None,
         "weights": weights,
         "lengths": torch.randint(0, T + 1, (B,)) if ragged else None,
         "resets": torch.rand(T, B) < 0.3 if resets else None,
@@ -131,8 +117,8 @@ def fixed_random(like: list[Tensor], seed: int) -> list[Tensor]:
     ]
 
 
-def run_reference(variation: ops.Variation | None, seed: Tensor | None, **case) -> tuple:
-    _, *zoneout, recurrent_dropout, eps = variation or ops.PLAIN
+def run_reference(variation: Variation | None, seed: Tensor | None, **case) -> tuple:
+    _, *zoneout, recurrent_dropout, eps = variation or PLAIN
     x, weight_hh = case["input"], case["weights"][0].weight_hh
     case["factors"] = reference.layer_factors(
         (*x.shape[:2], len(case["weights"])),
@@ -144,17 +130,21 @@ def run_reference(variation: ops.Variation | None, seed: Tensor | None, **case) 
 
 
 def run_per_step(**case) -> tuple:
-    lanes = case.pop("weights")
-    states = [s for s in (case.pop("hx"), case.pop("cx")) if s is not None]
-    return autograd.run_layer(
-        **case,
-        states=states,
-        weights=[t for lane in lanes for t in lane if t is not None],
-        has_biases=lanes[0].bias_ih is not None,
-        lanes=len(lanes),
-        directions=len(lanes),
-        want_cells=ops.CELLS[case["cell"]].has_c,
-    )
+    found = autograd.run_layer(call_of_case(case), leaves(case), rest_of_case(case))
+    return (*found, None, None)[:4]
+
+
+def call_of_case(case: dict) -> Call:
+    has_c, directions = CELLS[case["cell"]].has_c, len(case["weights"])
+    first = case["weights"][0]
+    return Call(
+        case["cell"], first.bias_ih is not None, first.weight_hr is not None, 1 + has_c, directions,
+        directions, has_c, case["variation"],
+    )  # fmt: skip
+
+
+def rest_of_case(case: dict) -> Rest:
+    return Rest(lengths=case["lengths"], resets=case["resets"], seed=case["seed"])
 
 
 SHAPES = [(1, 1, 1), (4, 3, 5), (3, 2, 130)]
@@ -168,7 +158,7 @@ OPTIONS: list[dict[str, Any]] = [
 SEEDS = {1: 7, 2: 2**62 - 1}
 
 
-def variations(cell: str, count: int) -> list[tuple[ops.Variation, int | None]]:
+def variations(cell: str, count: int) -> list[tuple[Variation, int | None]]:
     """Of ``count`` options, with a seed and without where they leave that possible."""
     chosen = [
         {key: value for option in options for key, value in option.items()}
@@ -176,21 +166,21 @@ def variations(cell: str, count: int) -> list[tuple[ops.Variation, int | None]]:
         if sum("layer_norm" in option for option in options) < 2
     ]
     return [
-        (ops.Variation(**options), seed)
+        (Variation(**options), seed)
         for options in chosen
-        if ops.CELLS[cell].has_c or "zoneout_c" not in options
-        if not (ops.CELLS[cell].late_gate and "layer_norm" in options)
+        if CELLS[cell].has_c or "zoneout_c" not in options
+        if not (CELLS[cell].late_gate and "layer_norm" in options)
         for seed in (SEEDS[count], None)
         if (seed is None or set(options) != {"layer_norm"})
         and (seed is not None or "recurrent_dropout" not in options)
     ]
 
 
-def everything(cell: str, layer_norm: int) -> ops.Variation:
+def everything(cell: str, layer_norm: int) -> Variation:
     """All options at once, but for a normalisation where a late gate leaves none."""
-    traits = ops.CELLS[cell]
+    traits = CELLS[cell]
     norm = 0 if traits.late_gate else layer_norm
-    return ops.Variation(norm, 0.3, 0.4 if traits.has_c else 0.0, 0.25, layer_norm_eps=0.05)
+    return Variation(norm, 0.3, 0.4 if traits.has_c else 0.0, 0.25, layer_norm_eps=0.05)
 
 
 def configurations(cell: str, shapes: list[tuple[int, int, int]]) -> list[tuple]:
@@ -199,7 +189,7 @@ def configurations(cell: str, shapes: list[tuple[int, int, int]]) -> list[tuple]
         for shape, directions, projection, bias, ragged, resets in itertools.product(
             shapes, (1, 2), (0, 2), (True, False), (False, True), (False, True)
         )
-        if not projection or (ops.CELLS[cell].has_c and projection < shape[2])
+        if not projection or (CELLS[cell].has_c and projection < shape[2])
     ]
 
 
@@ -231,7 +221,7 @@ def test_more_units_than_threads(cell, layer_norm):
 def compare_with_reference(
     cell: str,
     shapes: list[tuple[int, int, int]],
-    variation: ops.Variation | None = None,
+    variation: Variation | None = None,
     seed: int | None = None,
 ) -> None:
     for configuration in configurations(cell, shapes):
@@ -250,7 +240,7 @@ def compare(*configuration: Any, **options: Any) -> None:
 @pytest.mark.parametrize("cell", GATES)
 def test_other_dtypes_obey_the_tolerance_rule(cell, dtype):
     """Error against float64 at most twice that of the plain loop in the same dtype."""
-    projection = 3 if ops.CELLS[cell].has_c else 0
+    projection = 3 if CELLS[cell].has_c else 0
     case = make_case(cell, 6, 4, 17, 2, projection, True, True, True, dtype)
     for a, b, e in zip(*by_dtype(case), strict=True):
         floor = 4 * torch.finfo(dtype).eps * e.abs().max().item()
@@ -300,7 +290,7 @@ def with_leaves(case: dict, tensors: Iterable[Tensor]) -> dict:
 def test_same_bits_under_any_schedule(per_step, cell, layer_norm, dtype):
     """Twenty schedules; among the shapes one of two blocks along the units."""
     varied = {} if layer_norm is None else {"variation": everything(cell, layer_norm), "seed": 9}
-    for H, projection in ((9, 4 if ops.CELLS[cell].has_c else 0), (130, 0)):
+    for H, projection in ((9, 4 if CELLS[cell].has_c else 0), (130, 0)):
         case = make_case(cell, 3, 3, H, 2, projection, True, True, True, dtype, **varied)
         expected = results(case, run_per_step)
         for seed in range(20):
@@ -392,18 +382,18 @@ def test_planted_faults_are_found():
 
 def print_faults(library: str) -> None:
     """What each fault does to the lstm and to a late gate, and what happens without any."""
-    engines = load(Path(library), pytest.MonkeyPatch())
     varied = everything("lstm", 1)
     messages = []
-    for number in (*range(1, len(FAULTS) + 1), 0):
-        engines.plant(number)
-        try:
-            for cell in ("lstm", "gru_reset_before"):
-                compare_with_reference(cell, SHAPES[1:2])
-            compare("lstm", 3, 2, 40, 1, 0, True, False, False, variation=varied, seed=5)
-            messages.append(None)
-        except (RuntimeError, AssertionError) as error:
-            messages.append(str(error))
+    with routed(Path(library)) as engines:
+        for number in (*range(1, len(FAULTS) + 1), 0):
+            engines.plant(number)
+            try:
+                for cell in ("lstm", "gru_reset_before"):
+                    compare_with_reference(cell, SHAPES[1:2])
+                compare("lstm", 3, 2, 40, 1, 0, True, False, False, variation=varied, seed=5)
+                messages.append(None)
+            except (RuntimeError, AssertionError) as error:
+                messages.append(str(error))
     print(json.dumps(messages))
 
 
@@ -421,7 +411,7 @@ def test_duals_equal_the_derivative_of_the_reference(cell):
 def test_duals_of_varied_cells_equal_it(cell):
     for variation, seed in (*variations(cell, 1), *variations(cell, 2)):
         compare_duals(
-            cell, 4, 3, 5, 2, 2 * ops.CELLS[cell].has_c, True, True, True,
+            cell, 4, 3, 5, 2, 2 * CELLS[cell].has_c, True, True, True,
             variation=variation, seed=seed,
         )  # fmt: skip
     for layer_norm in (1, 2):
@@ -432,10 +422,10 @@ def test_duals_of_varied_cells_equal_it(cell):
 
 
 @pytest.mark.parametrize("cell", GATES)
-def test_duals_of_lanes_with_inputs_of_their_own_equal_it(cell):
+def test_duals_of_recurrences_with_inputs_of_their_own_equal_it(cell):
     case = make_case(cell, 4, 3, 5, 2, 0, True, True, True)
     case["input"] = torch.randn(4, 3, 2, 3, dtype=torch.float64).requires_grad_()
-    compare_duals_of(case, "inputs of lanes")
+    compare_duals_of(case, "inputs of recurrences")
 
 
 @pytest.mark.parametrize("cell", GATES)
@@ -503,25 +493,16 @@ def compare_duals_of(case: dict, what: str) -> None:
 
 def on_duals(case: dict) -> list[Tensor]:
     """As ``results`` by the engine, on leaves and cotangents with random tangents."""
-    cell, variation, lanes = case["cell"], case["variation"], len(case["weights"])
-    has_c, varied = ops.CELLS[cell].has_c, variation is not None
-    primals = [t.detach() for t in leaves(case)]
-    input, *others = map(torch.complex, primals, fixed_random(primals, 6))
-    states, weights = others[: 1 + has_c], others[1 + has_c :]
-    has_biases = case["weights"][0].bias_ih is not None
-    common = (
-        input, states, weights, has_biases, case["lengths"], None, case["resets"], lanes, lanes
-    )  # fmt: skip
-    last = (*variation, case["seed"]) if varied else ()
-    found = ops.forward_op(cell, varied)(*common, True, has_c, *last)
-    outputs, saved = found[: 2 + 2 * has_c], found[2 + 2 * has_c :]
+    call, rest, primals = call_of_case(case), rest_of_case(case), [t.detach() for t in leaves(case)]
+    duals = list(map(torch.complex, primals, fixed_random(primals, 6)))
+    found = ops.layer_forward(call.cell, duals, *rest, call.settings(True), call.variation)
+    outputs, saved = found[: call.wanted], found[call.wanted :]
     real = [t.real for t in outputs]
-    output, h_n, c_n, cells = (
-        *map(torch.complex, fixed_random(real, 5), fixed_random(real, 7)), None, None
-    )[:4]  # fmt: skip
-    grads = ops.backward_op(cell, varied)(
-        output, h_n, c_n, cells, *common, outputs[0], saved, True, True, True, *last
-    )
+    given = [*map(torch.complex, fixed_random(real, 5), fixed_random(real, 7)), None, None][:4]
+    grads = ops.layer_backward(
+        call.cell, given, duals, [outputs[0], *saved], rest, call.settings(True, True, True),
+        call.variation,
+    )  # fmt: skip
     return [*outputs, *grads]
 
 
@@ -548,7 +529,7 @@ def derivative_of_reference(case: dict) -> tuple[list[Tensor], list[Tensor]]:
     "name, options", [("RNN", {}), ("LSTM", {}), ("GRU", {}), ("GRU", {"reset_after": False})]
 )
 def test_heads_equal_reference(name, options):
-    """Six lanes in one launch: three heads of two directions, lengths and resets."""
+    """Six recurrences in one launch: three heads of two directions, lengths and resets."""
     sizes = {"bidirectional": True, "num_heads": 3, "dtype": torch.float64}
     layer = getattr(fused_rnn, name)(5, 9, **sizes, **options)
     x, hx = helpers.dyadic(4, 3, 5), helpers.states(layer, 3)
@@ -567,14 +548,10 @@ def test_empty_batch_and_time():
             assert torch.equal(h_n, case["hx"]) and torch.equal(c_n, case["cx"])
 
 
-def test_the_per_step_engine_really_ran(monkeypatch):
-    """The routing above is in place: without the recurrence ops no layer runs."""
-
-    def refuse(*args):
-        raise AssertionError("ran")
-
-    monkeypatch.setattr(composed, "forward", refuse)
-    with pytest.raises(AssertionError, match="ran"):
+def test_the_engines_really_ran(monkeypatch):
+    """The routing above is in place: no layer runs on an engine that CUDA does not have."""
+    monkeypatch.setenv("FUSED_RNN_CUDA_ENGINE", "none")
+    with pytest.raises((ValueError, RuntimeError), match="persistent_grid, got none"):
         run_per_step(**make_case("lstm", 4, 3, 5, 1, 0, True, False, False))
 
 
@@ -582,79 +559,103 @@ def test_the_per_step_engine_really_ran(monkeypatch):
 
 VARIANTS = ("plain", "two_lanes", "two_directions", "ragged", "bare", "projected")
 VARIED = {"varied": 0, "separate": 1, "joint": 2}  # with every option and this layer_norm
-CASES = [
-    (c, v)
-    for c in ops.CELLS
-    for v in (*VARIANTS, *VARIED)
-    if v != "projected" or ops.CELLS[c].has_c
-]
-RESULTS = ("output", "h_n", "c_n", "reserve", "cells", "unprojected")
+CASES = [(c, v) for c in CELLS for v in (*VARIANTS, *VARIED) if v != "projected" or CELLS[c].has_c]
+
+Arguments = dict[str, Any]
 
 
-def forward_arguments(cell: str, variant: str = "plain", T: int = 4) -> dict[str, Any]:
-    """Arguments of ``{cell}_recurrence_forward`` by name."""
-    traits = ops.CELLS[cell]
+def stacked(cell: str, given: Arguments) -> list[Weight]:
+    """The weights that a recurrence takes: others are in input_gates."""
+    inside = ["weight_ih"] if given.get("layer_norm") == 1 else ["weight_ih", "bias_ih"]
+    return [weight for weight in call_of(cell, given).table if weight.name not in inside]
+
+
+def forward_arguments(cell: str, variant: str = "plain", T: int = 4) -> Arguments:
+    """Arguments of recurrence_forward by the names of what they are made of (``op_arguments``)."""
+    traits = CELLS[cell]
     projected = variant == "projected" or (variant in VARIED and traits.has_c)
     both = projected or variant == "two_directions"
     L = 2 if both or variant == "two_lanes" else 1
     B, H = 3, 5
     P = 2 if projected else H
-    rows = traits.gates * H
     bare, ragged = variant == "bare", projected or variant == "ragged" or variant in VARIED
-    varied = {}
+    varied: Arguments = {}
     if variant in VARIED:
-        variation = everything(cell, VARIED[variant])
-        varied = {
-            "norms": [
-                torch.randn(L, H if of == "c" else rows)
-                for of in traits.norms(variation.layer_norm)
-                for _ in range(2)
-            ],
-            "bias_ih": torch.randn(L, rows) if variation.layer_norm == 1 else None,
-            **variation._asdict(),
-            "seed": torch.tensor(3),
-        }
-    return {
-        "input_gates": torch.randn(T, B, L, rows),
-        "hx": None if bare else torch.randn(L, B, P),
-        "cx": None if bare or not traits.has_c else torch.randn(L, B, H),
-        "weight_hh": torch.randn(L, rows, P),
-        "bias_hh": None if bare else torch.randn(L, rows),
-        "weight_hr": torch.randn(L, P, H) if projected else None,
-        "weight_ch": torch.randn(L, traits.unit_weights * H) if traits.unit_weights else None,
+        varied = everything(cell, VARIED[variant])._asdict() | {"seed": torch.tensor(3)}
+    shapes = [(L, B, P), (L, B, H)] if traits.has_c else [(L, B, P)]
+    given = {
+        "input_gates": torch.randn(T, B, L, traits.gates * H),
+        "states": [] if bare else [torch.randn(shape) for shape in shapes],
+        "has_biases": not bare,
+        "projected": projected,
         "lengths": torch.arange(B) % (T + 1) if ragged else None,
+        "batch_sizes": None,
         "resets": torch.rand(T, B) < 0.3 if ragged else None,
+        "recurrences": L,
         "directions": 2 if both else 1,
-        "save_reserve": not bare,
-        "save_cells": projected,
+        "save": not bare,
+        "want_cells": projected,
         **varied,
     }
+    sizes = {"H": H, "P": P}
+    weights = [torch.randn(L, *weight.shape(sizes)) for weight in stacked(cell, given)]
+    return given | {"weights": weights}
 
 
-def backward_arguments(cell: str, variant: str = "plain", T: int = 4) -> dict[str, Any]:
-    """Arguments of ``{cell}_recurrence_backward`` by name, after a forward that saved."""
-    traits = ops.CELLS[cell]
-    given = forward_arguments(cell, variant, T) | {"save_reserve": True}
-    output, h_n, c_n, reserve, cells, _, *statistics = recurrence_op(cell, "forward", variant)(
-        **given
-    )
+def op_arguments(direction: str, cell: str, given: Arguments) -> tuple[Any, ...]:
+    """What an op takes; products of float32 are not rounded."""
+    call = call_of(cell, given)
+    primals = [*given["states"], *given["weights"]]
+    rest = [given["lengths"], given["batch_sizes"], given["resets"], given.get("seed")]
+    if direction == "forward":
+        settings = call.settings(given["save"], False)
+        return (cell, [given["input_gates"], *primals], *rest, settings, call.variation)
+    grads = [given[f"grad_{of}"] for of in ("output", "h_n", "c_n", "cells")]
+    results = [given["output"], *given["saved"]]
+    return (cell, grads, primals, results, rest, call.settings(False), call.variation)
+
+
+def run_recurrence(direction: str, cell: str, given: Arguments) -> list[Tensor]:
+    return recurrence_op(direction)(*op_arguments(direction, cell, given))
+
+
+def forward(cell: str, given: Arguments) -> dict[str, Tensor]:
+    """The results of recurrence_forward by name."""
+    names = ["output", "h_n", "c_n"] if CELLS[cell].has_c else ["output", "h_n"]
+    names += ["cells"] if given["want_cells"] else []
+    names += saved_names(cell, given) if given["save"] else []
+    return dict(zip(names, run_recurrence("forward", cell, given), strict=True))
+
+
+def backward(cell: str, given: Arguments) -> dict[str, Tensor]:
+    """The results of recurrence_backward by name."""
+    traits, layer_norm = CELLS[cell], given.get("layer_norm", 0)
+    has = {
+        "d_input_gates": True,
+        "d_hidden_gates": layer_norm == 1 or (traits.split_gates and not layer_norm),
+        "d_hx": True,
+        "d_cx": traits.has_c,
+        "d_output": given["projected"],
+        "d_unit_weights": traits.unit_weights or layer_norm,
+        "keep": given.get("recurrent_dropout"),
+    }
+    names = [name for name, there in has.items() if there]
+    return dict(zip(names, run_recurrence("backward", cell, given), strict=True))
+
+
+def backward_arguments(cell: str, variant: str = "plain", T: int = 4) -> Arguments:
+    """Arguments of recurrence_backward by name, after a forward that saved."""
+    given = forward_arguments(cell, variant, T) | {"save": True}
+    found = forward(cell, given)
     bare = variant == "bare"
-    varied = {}
-    if variant in VARIED:
-        varied = {k: given[k] for k in ("norms", *ops.Variation._fields, "seed")}
-        varied["statistics"] = statistics[0] if given["layer_norm"] else None
     return {
-        "grad_output": torch.randn_like(output),
-        "grad_h_n": None if bare else torch.randn_like(h_n),
-        "grad_c_n": None if bare or not traits.has_c else torch.randn_like(c_n),
-        "grad_cells": torch.randn_like(cells[..., :5]) if given["save_cells"] else None,
-        "output": output,
-        "reserve": reserve,
-        "cells": cells,
-        **{k: given[k] for k in ("hx", "cx", "weight_hh", "weight_hr", "weight_ch")},
-        **{k: given[k] for k in ("lengths", "resets")},
-        "directions": given["directions"],
-        **varied,
+        "grad_output": torch.randn_like(found["output"]),
+        "grad_h_n": None if bare else torch.randn_like(found["h_n"]),
+        "grad_c_n": None if bare or "c_n" not in found else torch.randn_like(found["c_n"]),
+        "grad_cells": torch.randn_like(found["cells"]) if "cells" in found else None,
+        **{k: v for k, v in given.items() if k not in ("input_gates", "save")},
+        "output": found["output"],
+        "saved": [found[name] for name in saved_names(cell, given)],
     }
 
 
@@ -665,9 +666,10 @@ ARGUMENTS = {"forward": forward_arguments, "backward": backward_arguments}
 @pytest.mark.parametrize("cell, variant", CASES)
 def test_recurrence_obeys_its_schema(cell, variant, direction):
     """Its results alias nothing and its arguments stay as they are."""
-    given = ARGUMENTS[direction](cell, variant)
-    op = recurrence_op(cell, direction, variant)
-    torch.library.opcheck(op, (), given, test_utils="test_schema")
+    given = op_arguments(direction, cell, ARGUMENTS[direction](cell, variant))
+    torch.library.opcheck(recurrence_op(direction), given, test_utils="test_schema")
+    results = recurrence_op(direction)(*given)
+    assert len({t.untyped_storage().data_ptr() for t in results}) == len(results)
 
 
 @pytest.mark.parametrize("direction", ARGUMENTS)
@@ -675,106 +677,123 @@ def test_recurrence_obeys_its_schema(cell, variant, direction):
 def test_recurrence_of_strided_arguments(cell, variant, direction):
     """Same values, other places in memory: the results are bitwise the same."""
 
-    def elsewhere(value: Any) -> Any:
-        if isinstance(value, list):
-            return [elsewhere(each) for each in value]
-        if not isinstance(value, Tensor) or value.dim() < 2:
-            return value
-        return value.movedim(-1, 0).contiguous().movedim(0, -1)
+    def elsewhere(value: Tensor) -> Tensor:
+        return value.movedim(-1, 0).contiguous().movedim(0, -1) if value.dim() >= 2 else value
 
-    op, given = recurrence_op(cell, direction, variant), ARGUMENTS[direction](cell, variant)
-    expected, found = op(**given), op(**{k: elsewhere(v) for k, v in given.items()})
-    for a, b in zip(found, expected, strict=True):
+    given = ARGUMENTS[direction](cell, variant)
+    expected = run_recurrence(direction, cell, given)
+    moved = {k: map_tensors(elsewhere, v) for k, v in given.items()}
+    for a, b in zip(run_recurrence(direction, cell, moved), expected, strict=True):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("save_cells", [False, True])
-@pytest.mark.parametrize("save_reserve", [False, True])
+@pytest.mark.parametrize("want_cells", [False, True])
+@pytest.mark.parametrize("save", [False, True])
 @pytest.mark.parametrize("variant", ["plain", *VARIED])
 @pytest.mark.parametrize("cell", GATES)
-def test_what_a_recurrence_saves(cell, variant, save_reserve, save_cells):
+def test_what_a_recurrence_saves(cell, variant, save, want_cells):
     given = forward_arguments(cell, variant)
-    op = recurrence_op(cell, "forward", variant)
-    expected = op(**given)
-    given |= {"save_reserve": save_reserve, "save_cells": save_cells}
-    *of_both, _ = found = [*op(**given), None][: 7 + (variant in VARIED)]
-    named = dict(zip(RESULTS, of_both, strict=False))
-    traits, layer_norm = ops.CELLS[cell], given.get("layer_norm")
-    values = 4 * 3 * given["hx"].shape[0] * 5
-    reserve = values * traits.saved_values(layer_norm) if save_reserve else 0
-    cells = values * (2 if save_reserve and variant in VARIED else 1)
-    assert named["reserve"].numel() == reserve
-    assert named["cells"].numel() == (cells if traits.has_c and (save_reserve or save_cells) else 0)
-    if layer_norm is not None:
-        norms = len(traits.norms(layer_norm))
-        assert found[6].numel() == (values // 5 * norms if save_reserve else 0)
-    for a, b in zip(found[:3], expected[:3], strict=True):
-        assert torch.equal(a, b)
-    if traits.has_c and save_cells:
-        assert torch.equal(named["cells"][..., :5], expected[4][..., :5])
+    traits = CELLS[cell]
+    if want_cells and not traits.has_c:
+        return  # refused, which a test below says
+    expected = forward(cell, given)
+    given |= {"save": save, "want_cells": want_cells}
+    found = forward(cell, given)  # whose names are checked against their number
+    values = 4 * 3 * given["recurrences"] * 5
+    layer_norm = given.get("layer_norm")
+    reserve = traits.saved if layer_norm is None else traits.saved_varied[layer_norm]
+    numbers = {
+        "reserve": values * reserve * save,
+        "saved_cells": values * (2 if variant in VARIED else 1) * traits.has_c * save,
+        "cells": values * want_cells,
+        "unprojected": values * given["projected"] * save,
+        "statistics": values // 5 * (0, 2, 1)[layer_norm or 0] * save,
+    }
+    if layer_norm and traits.has_c:
+        numbers["statistics"] += values // 5 * save
+    for name, number in numbers.items():
+        assert found.get(name, torch.empty(0)).numel() == number, name
+    for name in ("output", "h_n", "c_n"):
+        assert name not in expected or torch.equal(found[name], expected[name])
+    if want_cells:
+        assert torch.equal(found["cells"], expected["saved_cells"][..., :5])
+    if traits.has_c and save:
+        assert torch.equal(found["saved_cells"], expected["saved_cells"])
 
 
 @pytest.mark.parametrize("cell, variant", CASES)
 def test_recurrence_without_timesteps(cell, variant):
     """The states, and their gradients, pass straight through; absent ones are zeros."""
     given = forward_arguments(cell, variant, T=0)
-    output, h_n, c_n, *_ = recurrence_op(cell, "forward", variant)(**given)
-    assert output.numel() == 0
-    backward = backward_arguments(cell, variant, T=0)
-    _, _, d_hx, d_cx, *_ = recurrence_op(cell, "backward", variant)(**backward)
-    pairs = [(h_n, given["hx"]), (d_hx, backward["grad_h_n"])]
-    if ops.CELLS[cell].has_c:
-        pairs += [(c_n, given["cx"]), (d_cx, backward["grad_c_n"])]
-    for found, passed in pairs:
-        assert torch.equal(found, torch.zeros_like(found) if passed is None else passed)
+    found = forward(cell, given)
+    assert found["output"].numel() == 0
+    of_backward = backward_arguments(cell, variant, T=0)
+    gradients = backward(cell, of_backward)
+    hx, cx = (*given["states"], None, None)[:2]
+    pairs = [(found["h_n"], hx), (gradients["d_hx"], of_backward["grad_h_n"])]
+    if CELLS[cell].has_c:
+        pairs += [(found["c_n"], cx), (gradients["d_cx"], of_backward["grad_c_n"])]
+    for a, passed in pairs:
+        assert torch.equal(a, torch.zeros_like(a) if passed is None else passed)
 
 
-def wrong_arguments(arguments: dict[str, Any]) -> list[tuple[str, Any]]:
-    """For every tensor argument, what must not be accepted."""
-    found: list[tuple[str, Any]] = []
-    given = [(name, value) for name, value in arguments.items() if name not in ("norms", "seed")]
-    for name, value in given:
-        if not isinstance(value, Tensor) or value.numel() == 0:
+def wrong_arguments(cell: str, arguments: Arguments) -> list[tuple[str, str, Any]]:
+    """For every argument what must not be accepted: its name, or that in a list, and the value."""
+    names = {
+        "states": ["hx", "cx"][: len(arguments["states"])],
+        "weights": [weight.name for weight in stacked(cell, arguments)],
+        "saved": saved_names(cell, arguments),
+    }
+    found: list[tuple[str, str, Any]] = []
+    for field, value in arguments.items():
+        if isinstance(value, Tensor):
+            found += [(field, field, wrong) for wrong in wrong_of_recurrence(field, value)]
+        if not isinstance(value, list):
             continue
-        found.append((name, value[..., :-1]))
-        found.append((name, value.unsqueeze(0)))
-        found.append((name, torch.zeros_like(value, dtype=torch.int32)))
-        if value.is_floating_point() and name not in ("input_gates", "output"):
-            found.append((name, value.to(torch.float16)))
+        for i, (name, tensor) in enumerate(zip(names[field], value, strict=True)):
+            for wrong in wrong_of_recurrence(name, tensor):
+                found.append((name, field, [*value[:i], wrong, *value[i + 1 :]]))
+        whole = {"states": "states", "weights": "primals", "saved": "results"}[field]
+        found.append((whole, field, [*value, torch.zeros(1)]))
+        if value and (field != "states" or len(value) == 2):  # no states are zeros
+            found.append((whole, field, value[:-1]))
     T = 4
-    found += [("lengths", torch.full((3,), T + 1)), ("lengths", torch.tensor([0, -1, 2]))]
-    found += [("directions", 0), ("directions", 3)]
-    if "norms" in arguments:
-        found += varied_wrong_arguments(arguments)
+    found += [("lengths", "lengths", torch.full((3,), T + 1))]
+    found += [("lengths", "lengths", torch.tensor([0, -1, 2]))]
+    found += [("directions", "directions", 0), ("directions", "directions", 3)]
+    found += [("recurrences", "recurrences", wrong) for wrong in (0, -1, 4)]
+    found += [("lengths", "batch_sizes", torch.tensor([3, 3, 3, 3]))]
+    if "layer_norm" not in arguments:
+        return found
+    late_gate = [1] if CELLS[cell].late_gate else []
+    found += [("layer_norm", "layer_norm", wrong) for wrong in (-1, 3, *late_gate)]
+    found += [
+        ("seed", "seed", torch.zeros(1, dtype=torch.int64)),
+        ("seed", "seed", torch.tensor(0.0)),
+    ]
+    found += [("recurrent_dropout", "recurrent_dropout", wrong) for wrong in (1.0, -0.1)]
+    found += [(rate, rate, 1.0) for rate in ("zoneout_h", "zoneout_c")]
+    found += [("recurrent_dropout", "seed", None)]
     return found
 
 
-def varied_wrong_arguments(arguments: dict[str, Any]) -> list[tuple[str, Any]]:
-    norms = arguments["norms"]
-    found: list[tuple[str, Any]] = [("norms", [*norms, torch.zeros(1)])]
-    if norms:
-        found.append(("norms", norms[1:]))
-        for wrong in (norms[0][:, 1:], norms[0].half()):
-            found += [("norms", [wrong, *norms[1:]]), ("norms", [*norms[:-1], wrong])]
-    else:  # a late gate
-        found.append(("layer_norm", 1))
-    found += [("layer_norm", -1), ("layer_norm", 3), ("seed", torch.zeros(1, dtype=torch.int64))]
-    found += [("seed", torch.tensor(0.0)), ("recurrent_dropout", 1.0), ("recurrent_dropout", -0.1)]
-    found += [("zoneout_h", 1.0), ("zoneout_c", 1.0)]
-    return found
+def wrong_of_recurrence(name: str, value: Tensor) -> list[Tensor]:
+    """The dtype of the others follows from those of input_gates and output."""
+    own_dtype = name in ("input_gates", "output")
+    return [t for t in wrong_tensors(name, value) if not (own_dtype and t.dtype == torch.float16)]
 
 
 @pytest.mark.parametrize("direction", ARGUMENTS)
 @pytest.mark.parametrize("varied", [False, True])
 @pytest.mark.parametrize("cell", GATES)
 def test_errors_of_a_recurrence_name_the_argument(cell, varied, direction):
-    variant = "separate" if varied else "projected" if ops.CELLS[cell].has_c else "ragged"
+    variant = "separate" if varied else "projected" if CELLS[cell].has_c else "ragged"
     given = ARGUMENTS[direction](cell, variant)
     silent = []
-    for name, wrong in wrong_arguments(given):
+    for name, field, wrong in wrong_arguments(cell, given):
         what = f"{name}={getattr(wrong, 'shape', wrong)} {getattr(wrong, 'dtype', '')}"
         try:
-            recurrence_op(cell, direction, variant)(**(given | {name: wrong}))
+            run_recurrence(direction, cell, given | {field: wrong})
             silent.append(f"{what}: accepted")
         except RuntimeError as error:
             # Where a size is shared, the other one that does not fit may be named as well as ours.
@@ -788,17 +807,37 @@ def shares_a_size(name: str, message: str) -> bool:
     return (
         name in ("input_gates", "output", "weight_hh")
         and "Expected " in message
-        and (" of shape " in message or " even number of lanes" in message)
+        and (" of shape " in message or "Expected recurrences of " in message)
     )
 
 
-@pytest.mark.parametrize("cell", [c for c in GATES if not ops.CELLS[c].has_c])
-@pytest.mark.parametrize("name", ["cx", "weight_hr"])
+@pytest.mark.parametrize("cell", [c for c in GATES if not CELLS[c].has_c])
+@pytest.mark.parametrize("name", ["states", "projected", "want_cells"])
 def test_arguments_a_recurrence_does_not_have_are_refused(cell, name):
     given = forward_arguments(cell)
-    value = torch.zeros(1, 3, 5) if name == "cx" else torch.zeros(1, 5, 5)
+    given["states"] += [torch.zeros(1, 3, 5)] if name == "states" else []
+    if name == "projected":
+        given["weights"].append(torch.zeros(1, 5, 5))
+        given["projected"] = True
+    given["want_cells"] = name == "want_cells"
     with pytest.raises(RuntimeError, match=name):
-        recurrence_op(cell, "forward")(**(given | {name: value}))
+        run_recurrence("forward", cell, given)
+
+
+@pytest.mark.parametrize("cell", [c for c in GATES if not CELLS[c].has_c])
+@pytest.mark.parametrize("name", ["grad_c_n", "grad_cells"])
+def test_gradients_a_recurrence_does_not_have_are_refused(cell, name):
+    given = backward_arguments(cell)
+    shape = (1, 3, 5) if name == "grad_c_n" else (4, 3, 1, 5)
+    with pytest.raises(RuntimeError, match=name):
+        run_recurrence("backward", cell, given | {name: torch.zeros(shape)})
+
+
+@pytest.mark.parametrize("direction", ARGUMENTS)
+def test_a_recurrence_refuses_packed_sequences(direction):
+    given = ARGUMENTS[direction]("lstm") | {"batch_sizes": torch.tensor([3, 3, 3, 3])}
+    with pytest.raises(RuntimeError, match="batch_sizes to be None"):
+        run_recurrence(direction, "lstm", given)
 
 
 @pytest.mark.parametrize("lanes", [1, 2])
@@ -806,38 +845,38 @@ def test_arguments_a_recurrence_does_not_have_are_refused(cell, name):
 @pytest.mark.parametrize("cell", GATES)
 def test_composed_layer_obeys_its_schema(cell, layer_norm, lanes):
     """Its results alias neither each other nor its arguments, which stay as they are."""
-    has_c, varied = ops.CELLS[cell].has_c, layer_norm is not None
-    variation = everything(cell, layer_norm) if varied else None
-    given = make_case(
-        cell, 4, 3, 5, lanes, 2 if has_c else 0, True, False, False, variation=variation, seed=4
+    variation = None if layer_norm is None else everything(cell, layer_norm)
+    projection = 2 if CELLS[cell].has_c else 0
+    case = make_case(
+        cell, 4, 3, 5, lanes, projection, True, False, False, variation=variation, seed=4
     )
-    last = (*variation, given["seed"]) if varied else ()
-    weights = [t.detach() for lane in given["weights"] for t in lane if t is not None]
-    states = [s.detach() for s in (given["hx"], given["cx"]) if s is not None]
-    common = (given["input"].detach(), states, weights, True, None, None, None, lanes, lanes)
-    forward = (*common, True, has_c, *last)
-    output, *rest = ops.forward_op(cell, varied)(*forward)
-    grads = (torch.ones_like(output), None, None, None)
-    saved = rest[1 + 2 * has_c :]
-    backward = (*grads, *common, output, saved, True, True, True, *last)
-    of_cell = ((ops.forward_op, forward), (ops.backward_op, backward))
-    for op, args in ((op_of(cell, varied), args) for op_of, args in of_cell):
+    call, rest = call_of_case(case), rest_of_case(case)
+    primals = [t.detach() for t in leaves(case)]
+    forward = (cell, primals, *rest, call.settings(True), variation)
+    output, *others = ops.layer_forward(*forward)
+    grads, results = (
+        [torch.ones_like(output), None, None, None],
+        [output, *others[call.wanted - 1 :]],
+    )
+    backward = (cell, grads, primals, results, rest, call.settings(True, True, True), variation)
+    for op, args in ((ops.layer_forward, forward), (ops.layer_backward, backward)):
         torch.library.opcheck(op, args, test_utils="test_schema")
-        results = op(*args)
-        assert len({t.untyped_storage().data_ptr() for t in results}) == len(results)
+        found = op(*args)
+        assert len({t.untyped_storage().data_ptr() for t in found}) == len(found)
 
 
 @pytest.mark.parametrize("cell", GATES)
 def test_composed_layer_refuses_packed_sequences(cell):
-    given = make_case(cell, 1, 3, 5, 1, 0, True, False, False)
-    weights = [t.detach() for t in given["weights"][0] if t is not None]
-    common = ([], weights, True, None, torch.tensor([3]), None, 1, 1)
-    input, output = given["input"][0].detach(), torch.zeros(3, 5, dtype=torch.float64)
+    case = make_case(cell, 1, 3, 5, 1, 0, True, False, False)
+    call = call_of_case(case)._replace(states=0, want_cells=False)
+    weights = [t.detach() for t in case["weights"][0] if t is not None]
+    primals, output = [case["input"][0].detach(), *weights], torch.zeros(3, 5, dtype=torch.float64)
+    rest = Rest(batch_sizes=torch.tensor([3]))
     with pytest.raises(RuntimeError, match="batch_sizes"):
-        ops.forward_op(cell)(input, *common, False, False)
+        ops.layer_forward(cell, primals, *rest, call.settings(False), None)
     with pytest.raises(RuntimeError, match="batch_sizes"):
-        grads = (output, None, None, None)
-        ops.backward_op(cell)(*grads, input, *common, output, [], True, False, True)
+        grads, settings = [output, None, None, None], call.settings(True, False, True)
+        ops.layer_backward(cell, grads, primals, [output], rest, settings, None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

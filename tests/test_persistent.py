@@ -23,11 +23,13 @@ import test_cuda_on_cpu as on_cpu
 import torch
 from test_cuda_on_cpu import by_dtype, make_case, results, run_per_step
 
-from fused_rnn import composed, ops
+from fused_rnn import composed
+from fused_rnn.cells import CELLS as TRAITS
+from fused_rnn.cells import Variation
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-CELLS = [name for name, traits in ops.CELLS.items() if not traits.late_gate]
+CELLS = [name for name, traits in TRAITS.items() if not traits.late_gate]
 ENGINES = ["persistent_cluster", "persistent_grid"]
 DTYPES = {
     "float32": (torch.float32, False),
@@ -40,9 +42,8 @@ CLUSTERS = [4, 2, 0, 0]  # of 2, 4, 8 and 16 blocks
 
 @pytest.fixture(scope="module", autouse=True)
 def library() -> Iterator[ctypes.CDLL]:
-    patch = pytest.MonkeyPatch()
-    yield on_cpu.load(native.engines_on_cpu(), patch)
-    patch.undo()
+    with on_cpu.routed(native.engines_on_cpu()) as found:
+        yield found
 
 
 @pytest.fixture
@@ -177,7 +178,7 @@ def test_same_bits_under_any_schedule(cell, library, engine):
 def test_what_per_step_alone_has_is_its_own(engine, monkeypatch):
     """Late gates, projections and options of the step, whichever engine is asked for."""
     for cell, projection, variation in (
-        ("gru_reset_before", 0, None), ("lstm", 2, None), ("gru", 0, ops.Variation(zoneout_h=0.2)),
+        ("gru_reset_before", 0, None), ("lstm", 2, None), ("gru", 0, Variation(zoneout_h=0.2)),
     ):  # fmt: skip
         case = make_case(cell, 3, 2, 5, 1, projection, True, False, False, torch.float32, variation)
         monkeypatch.setenv("FUSED_RNN_CUDA_ENGINE", engine)
@@ -335,16 +336,15 @@ def test_planted_faults_are_found(engine):
 
 def print_faults(library: str, engine: str) -> None:
     """What each fault does to a ragged bidirectional lstm, and what happens without any."""
-    patch = pytest.MonkeyPatch()
-    engines = on_cpu.load(Path(library), patch)
-    engines.cuda_on_cpu_chip(4, 227 * 1024, (ctypes.c_int * 4)(2, 0, 0, 0))
     messages = []
-    for number in (*range(1, len(FAULTS[engine]) + 1), 0):
-        engines.plant(number)
-        patch.setenv("FUSED_RNN_CUDA_ENGINE", engine)
-        try:
-            compare_with_per_step(patch, "lstm", 4, 9, 20, 2, 0, True, True, True)
-            messages.append(None)
-        except (RuntimeError, AssertionError) as error:
-            messages.append(str(error))
+    with pytest.MonkeyPatch.context() as patch, on_cpu.routed(Path(library)) as engines:
+        engines.cuda_on_cpu_chip(4, 227 * 1024, (ctypes.c_int * 4)(2, 0, 0, 0))
+        for number in (*range(1, len(FAULTS[engine]) + 1), 0):
+            engines.plant(number)
+            patch.setenv("FUSED_RNN_CUDA_ENGINE", engine)
+            try:
+                compare_with_per_step(patch, "lstm", 4, 9, 20, 2, 0, True, True, True)
+                messages.append(None)
+            except (RuntimeError, AssertionError) as error:
+                messages.append(str(error))
     print(json.dumps(messages))

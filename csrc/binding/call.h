@@ -28,7 +28,7 @@
 #include "cells.h"
 #include "tensors.h"
 
-// tests/test_cuda_on_cpu.py builds this folder a second time, with the CUDA kernels compiled for the CPU
+// tests/native.py builds the ops of recurrences a second time, with the CUDA kernels compiled for the CPU
 // (FUSED_RNN_CUDA_ON_CPU) and another name for the ops.
 #ifndef FUSED_RNN_NAMESPACE
 #define FUSED_RNN_NAMESPACE fused_rnn

@@ -183,8 +183,7 @@ struct LayerArguments {
         const bool is_matrix = row.columns != '1';
         const int64_t columns = row.columns == 'I' ? p.I : row.columns == 'P' ? p.P : p.H;
         const int64_t shape[] = {rows, columns};
-        place(of, row.which) =
-            take(row.name, *given++, {shape, is_matrix ? 2u : 1u}, row.letters);
+        place(of, row.which) = take(row.name, *given++, {shape, is_matrix ? 2u : 1u}, row.letters);
       }
   }
 
@@ -246,7 +245,8 @@ TensorList layer_backward(const CellArgument& cell, const OptionalTensorList& gr
   const Rest rest(rest_in);
   const bool need_input = settings[Call::count] != 0, need_states = settings[Call::count + 1] != 0;
   const bool need_weights = settings[Call::count + 2] != 0;
-  STD_TORCH_CHECK(call.states || !need_states, "Expected need_states of 0, since there are no states");
+  STD_TORCH_CHECK(call.states || !need_states,
+                  "Expected need_states of 0, since there are no states");
   LayerBackwardParams p{};
   const LayerArguments arguments(call, primals, rest.ragged, rest.seed, p);
   const Time& time = arguments.time;
@@ -347,10 +347,7 @@ FUSED_RNN_LIBRARY(FUSED_RNN_NAMESPACE, library) {
       "Tensor?[] rest, int[] settings, float[]? options) -> Tensor[]");
 }
 
-// The other build's layers are composed of its recurrences.
-#ifndef FUSED_RNN_CUDA_ON_CPU
 FUSED_RNN_LIBRARY_IMPL(FUSED_RNN_NAMESPACE, CPU, library) {
   library.impl("layer_forward", TORCH_BOX(&fused_rnn::binding::layer_forward));
   library.impl("layer_backward", TORCH_BOX(&fused_rnn::binding::layer_backward));
 }
-#endif

@@ -131,8 +131,7 @@ struct RecurrenceArguments {
   // `before` is how many primals precede the states; T, B and dtype are those of `like` (T, B, L, n).
   template <class Params>
   RecurrenceArguments(const Call& call, const TensorList& primals_in, size_t before,
-                      const Tensor& like, Ragged ragged_in, const OptionalTensor& seed,
-                      Params& p)
+                      const Tensor& like, Ragged ragged_in, const OptionalTensor& seed, Params& p)
       : primals(primals_in), ragged(std::move(ragged_in)) {
     STD_TORCH_CHECK(!ragged.batch_sizes,
                     "Expected batch_sizes to be None: only the CPU takes packed sequences");
@@ -177,7 +176,9 @@ struct RecurrenceArguments {
       const int64_t rows = row.factor * (row.rows == 'P' ? p.P : p.H);
       const int64_t shape[] = {p.L, rows, row.columns == 'P' ? p.P : p.H};
       check_kind(row.name, *given, Kind(like));
-      check_shape(row.name, *given, {shape, row.columns == '1' ? 2u : 3u}, row.letters);
+      const Sizes expected{shape, row.columns == '1' ? 2u : 3u};
+      if (!has_shape(*given, expected))
+        check_shape(row.name, *given, expected, ("(L, " + std::string(row.letters + 1)).c_str());
       *given = as_contiguous(*given);
       place(weights, row.which) = (given++)->const_data_ptr();
     }
@@ -185,17 +186,17 @@ struct RecurrenceArguments {
 };
 
 TensorList recurrence_forward(const CellArgument& cell, const TensorList& primals,
-                         const OptionalTensor& lengths, const OptionalTensor& batch_sizes,
-                         const OptionalTensor& resets, const OptionalTensor& seed,
-                         const Settings& settings, const Options& options) {
+                              const OptionalTensor& lengths, const OptionalTensor& batch_sizes,
+                              const OptionalTensor& resets, const OptionalTensor& seed,
+                              const Settings& settings, const Options& options) {
   const Call call(cell, settings, 2, options);
   const bool save = settings[Call::count] != 0, tf32 = settings[Call::count + 1] != 0;
   RecurrenceForwardParams p{};
   STD_TORCH_CHECK(!primals.empty() && primals[0].dim() == 4,
                   "Expected primals that begin with input_gates of shape (T, B, L, G*H)");
   p.dtype = storage_or_dual_type("input_gates", primals[0]);
-  const RecurrenceArguments arguments(call, primals, 1, primals[0],
-                                      {lengths, batch_sizes, resets}, seed, p);
+  const RecurrenceArguments arguments(call, primals, 1, primals[0], {lengths, batch_sizes, resets},
+                                      seed, p);
   check_shape("input_gates", primals[0], {p.T, p.B, p.L, call.cell.gates * p.H}, "(T, B, L, G*H)");
   const Tensor input_gates = with_contiguous_units(primals[0]);
   p.input_gates = sequence(input_gates);
@@ -229,9 +230,9 @@ TensorList recurrence_forward(const CellArgument& cell, const TensorList& primal
 }
 
 TensorList recurrence_backward(const CellArgument& cell, const OptionalTensorList& grads_in,
-                          const TensorList& primals, const TensorList& results_in,
-                          const OptionalTensorList& rest_in, const Settings& settings,
-                          const Options& options) {
+                               const TensorList& primals, const TensorList& results_in,
+                               const OptionalTensorList& rest_in, const Settings& settings,
+                               const Options& options) {
   const Call call(cell, settings, 1, options);
   const Rest rest(rest_in);
   const bool tf32 = settings[Call::count] != 0;
@@ -269,7 +270,6 @@ TensorList recurrence_backward(const CellArgument& cell, const OptionalTensorLis
 
   const SavedCounts counts(call);
   TensorList saved(results_in.begin() + 1, results_in.end());
-  // That unprojected is among them is the layer's business.
   const size_t saved_count =
       (counts.reserve > 0) + call.cell.has_c + p.projected + (counts.statistics > 0);
   STD_TORCH_CHECK(saved.size() == saved_count, "Expected results of ", 1 + saved_count,
@@ -281,11 +281,12 @@ TensorList recurrence_backward(const CellArgument& cell, const OptionalTensorLis
     p.reserve = natural_reserve(*next_saved++, p.H);
   }
   if (call.cell.has_c) {
-    check("cells", *next_saved, c_type, {p.T, p.B, p.L, counts.cells * p.H},
+    check("saved_cells", *next_saved, c_type, {p.T, p.B, p.L, counts.cells * p.H},
           counts.cells > 1 ? "(T, B, L, 2*H)" : "(T, B, L, H)");
     p.saved_cells = natural_reserve(*next_saved++, p.H);
   }
-  next_saved += p.projected;
+  // The layer's backward reads it; the recurrence does not.
+  if (p.projected) check("unprojected", *next_saved++, dtype, {p.T, p.B, p.L, p.H}, "(T, B, L, H)");
   if (counts.statistics) {
     check("statistics", *next_saved, c_type, {p.T, p.L, p.B, counts.statistics}, "(T, L, B, N)");
     *next_saved = as_contiguous(*next_saved);
