@@ -28,9 +28,10 @@ import pytest
 import torch
 from test_ops import call_of, map_tensors, saved_names, wrong_tensors
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fused_rnn
-from fused_rnn import autograd, ops, reference
+from fused_rnn import autograd, batching, ops, reference
 from fused_rnn.cells import CELLS, PLAIN, Call, Rest, Variation, Weight
 from fused_rnn.reference import Weights
 
@@ -50,9 +51,10 @@ def per_step() -> Iterator[ctypes.CDLL]:
 def routed(path: Path) -> Iterator[ctypes.CDLL]:
     """While this lasts, layers on the CPU are composed of the recurrences of a library."""
     torch.ops.load_library(str(path))
-    with torch.library._scoped_library("fused_rnn", "IMPL") as lib, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r"[^$]*Overriding a previously registered kernel")
-        ops.compose_layers(lib, "CPU", *map(recurrence_op, ("forward", "backward")))
+    with torch.library._scoped_library("fused_rnn", "IMPL") as lib:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that a kernel is registered over another
+            ops.compose_layers(lib, "CPU", recurrence_op("forward"), recurrence_op("backward"))
         yield ctypes.CDLL(str(path))
 
 
@@ -891,3 +893,53 @@ def test_dropout_is_the_cpu_engines(shape, dtype):
             )
             assert torch.equal(found, expected)
             assert torch.equal(found.signbit(), expected.signbit())
+
+
+@pytest.mark.parametrize("cell", GATES)
+def test_batches_of_composed_layers(cell, monkeypatch):
+    """Gradients per sample, with weights in common and with weights of their own.
+
+    Batching rules find what is saved where the tensors' device has it, which is another here.
+    """
+    monkeypatch.setitem(batching._PLACES, "cpu reserve", batching._PLACES["cuda reserve"])
+    variation = None if CELLS[cell].late_gate else Variation(layer_norm=1, zoneout_h=0.3)
+    case = make_case(cell, 4, 3, 5, 2, 0, True, True, True, variation=variation)
+    call, rest = call_of_case(case), rest_of_case(case)
+    once = [t.detach() for t in leaves(case)]
+    inputs = torch.randn(2, *once[0].shape, dtype=torch.float64)
+    states_and_weights = [torch.stack([t, -t]) for t in once[1:]]
+
+    def loss(*primals: Tensor) -> Tensor:
+        return sum(t.square().sum() for t in autograd.run_layer(call, primals, rest))
+
+    slopes = torch.func.grad(loss, tuple(range(len(once))))
+    for own, others in ((None, once[1:]), (0, states_and_weights)):
+        found = torch.func.vmap(slopes, (0, *(own,) * len(others)))(inputs, *others)
+        samples = [
+            slopes(inputs[n], *(t if own is None else t[n] for t in others)) for n in range(2)
+        ]
+        for a, b in zip(found, map(torch.stack, zip(*samples, strict=True)), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("layer_norm", [None, 0, 1, 2])
+@pytest.mark.parametrize("cell", GATES)
+def test_shapes_of_composed_layers_are_foreseen(cell, layer_norm):
+    """What torch.compile is told of tensors on CUDA, and what a composed layer returns."""
+    variation = None if layer_norm is None else everything(cell, layer_norm)
+    projection = 2 if CELLS[cell].has_c else 0
+    case = make_case(cell, 4, 3, 17, 2, projection, True, False, True, variation=variation, seed=4)
+    call, rest = call_of_case(case), rest_of_case(case)
+    primals = [t.detach() for t in leaves(case)]
+    found = ops.layer_forward(cell, primals, *rest, call.settings(True), variation)
+    with FakeTensorMode():
+
+        def on_cuda(t: Tensor | None) -> Tensor | None:
+            return None if t is None else torch.empty(t.shape, dtype=t.dtype, device="cuda")
+
+        foreseen = ops.layer_forward(
+            cell, [*map(on_cuda, primals)], *map(on_cuda, rest), call.settings(True), variation
+        )
+    assert [(t.shape, t.dtype, t.stride()) for t in foreseen] == [
+        (t.shape, t.dtype, t.stride()) for t in found
+    ]

@@ -6,7 +6,7 @@ Where there is no GPU the streams are ours: they note who waits for whom and who
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -25,6 +25,7 @@ from torch import Tensor
 
 import fused_rnn
 from fused_rnn import _C, functional, stack
+from fused_rnn.cells import Call, Rest
 
 T, B, I, H = 11, 4, 3, 6  # noqa: E741
 
@@ -92,13 +93,11 @@ class Streams:
         assert reader is writer or address in reader.may_use, "memory may be reused too early"
 
     def watched(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        def watching(*args: Any) -> Any:
-            _, input, given, weights, *rest = args
-            used = [input, *given, *weights, *(t for t in rest if isinstance(t, Tensor))]
-            for tensor in used:
+        def watching(of: Call, primals: Sequence[Tensor], rest: Rest) -> Any:
+            for tensor in (*primals, *(t for t in rest if t is not None)):
                 self.expect_readable(tensor)
-            results = call(*args)
-            self.calls.append((self.current, input, results))
+            results = call(of, primals, rest)
+            self.calls.append((self.current, primals[0], results))
             work = self.current.work()
             self.written |= {t.data_ptr(): (t, work) for t in results}
             return results
@@ -224,9 +223,10 @@ def test_second_derivatives(streams):
 
 def plan(**changed: Any) -> stack.Plan:
     """Of four LSTM layers in bfloat16, forward on H100, unless told otherwise."""
-    shape = {"cell": "lstm", "dtype": "bfloat16", "T": 1024, "B": 16, "lanes": 1, "H": 512}
-    of = {"layers": 4, "projected": False, "training": False, "captured": False, "chip": "H100"}
-    return stack.plan(**shape | of | changed)
+    of = stack.Recurrence("lstm", "bfloat16", 1024, 16, 1, 512, projected=False, varied=False)
+    own = {name: changed.pop(name) for name in of._fields if name in changed}
+    how = {"layers": 4, "training": False, "captured": False, "chip": "H100"}
+    return stack.plan(of._replace(**own), **how | changed)
 
 
 def test_looking_inside_sees_all_of_time(streams):
