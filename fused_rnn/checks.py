@@ -15,13 +15,14 @@ from .cells import CELLS, LAYER_NORMS
 
 
 class Options(NamedTuple):
-    """The options of a layer that change the step around its cell, and weight dropout."""
+    """The options of a layer that change the step around its cell, or the weights in use."""
 
-    layer_norm: int  # of LAYER_NORMS
-    layer_norm_eps: float
-    zoneout: tuple[float, float]  # of h and c
-    recurrent_dropout: float
-    weight_dropout: float
+    layer_norm: Any = False  # checked, one of LAYER_NORMS by its number
+    layer_norm_eps: float = 1e-5
+    zoneout: Any = 0.0  # checked, a pair: of h and c
+    recurrent_dropout: float = 0.0
+    weight_dropout: float = 0.0
+    forget_bias: float = 0.0
 
 
 class Layers(NamedTuple):
@@ -45,52 +46,46 @@ class Layers(NamedTuple):
         return 0 if self.options is None else self.options.layer_norm
 
 
-def check_options(
-    has_c: bool,
-    layer_norm: bool | str,
-    layer_norm_eps: float,
-    zoneout: float | tuple[float, float],
-    recurrent_dropout: float,
-    weight_dropout: float,
-) -> Options | None:
+def check_options(given: Options, has_c: bool, has_biases: bool) -> Options | None:
     """The options as ``functional.run`` takes them, None if all are at their defaults.
 
     Raises:
         TypeError, ValueError: an option is not what ``fused_rnn.LSTM`` documents.
     """
-    if layer_norm is False and zoneout == recurrent_dropout == weight_dropout == 0:
+    if given.layer_norm is False and given == _DEFAULTS:
         return None
-    norm = "separate" if layer_norm is True else layer_norm
+    norm = "separate" if given.layer_norm is True else given.layer_norm
     if not isinstance(norm, (bool, str)):
         raise TypeError(f"layer_norm should be a bool or a str, got: {type(norm).__name__}")
     if norm not in LAYER_NORMS:
         raise ValueError(f"layer_norm should be False, True, 'separate' or 'joint', got {norm!r}")
-    zones: tuple[float, float]
-    if isinstance(zoneout, (tuple, list)):
-        if not has_c or len(zoneout) != 2:
-            raise ValueError(
-                "zoneout should be a probability or, for LSTM only, a pair of them for h and c, "
-                f"got {zoneout}"
-            )
-        zones = (zoneout[0], zoneout[1])
-    else:
-        zones = (zoneout, zoneout)
-    if not isinstance(layer_norm_eps, Real) or isinstance(layer_norm_eps, bool):
-        raise TypeError(f"layer_norm_eps should be a number, got: {type(layer_norm_eps).__name__}")
-    if not 0 <= layer_norm_eps < math.inf:
-        raise ValueError(f"layer_norm_eps should be finite and not negative, got {layer_norm_eps}")
-    given = {"recurrent_dropout": recurrent_dropout, "weight_dropout": weight_dropout}
-    for name, p in (("zoneout", zones[0]), ("zoneout", zones[1]), *given.items()):
-        if not isinstance(p, Real) or isinstance(p, bool):
-            raise TypeError(f"{name} should be a number, got: {type(p).__name__}")
-        if not 0 <= p < 1:
-            raise ValueError(f"{name} should be a probability in [0, 1), got {p}")
-    if not has_c:
-        zones = (zones[0], 0.0)
-    return Options(
-        LAYER_NORMS.index(norm), float(layer_norm_eps), (float(zones[0]), float(zones[1])),
-        float(recurrent_dropout), float(weight_dropout),
-    )  # fmt: skip
+    zones = given.zoneout if isinstance(given.zoneout, (tuple, list)) else (given.zoneout,) * 2
+    if zones is given.zoneout and (not has_c or len(zones) != 2):
+        raise ValueError(
+            "zoneout should be a probability or, for LSTM only, a pair of them for h and c, "
+            f"got {given.zoneout}"
+        )
+    numbers = {name: (value,) for name, value in given._asdict().items() if name != "layer_norm"}
+    for name, values in (numbers | {"zoneout": zones}).items():
+        for value in values:
+            if not isinstance(value, Real) or isinstance(value, bool):
+                raise TypeError(f"{name} should be a number, got: {type(value).__name__}")
+            value = float(value)
+            if name == "layer_norm_eps" and not 0 <= value < math.inf:
+                raise ValueError(f"{name} should be finite and not negative, got {value}")
+            if name == "forget_bias" and not (math.isfinite(value) and (has_biases or not value)):
+                needs = "finite" if has_biases else "0 without bias"
+                raise ValueError(f"{name} should be {needs}, got {value}")
+            if name not in ("layer_norm_eps", "forget_bias") and not 0 <= value < 1:
+                raise ValueError(f"{name} should be a probability in [0, 1), got {value}")
+    checked = given._replace(
+        layer_norm=LAYER_NORMS.index(norm), zoneout=(zones[0], zones[1] if has_c else 0.0)
+    )
+    plain = Options(0, given.layer_norm_eps, (0.0, 0.0))
+    return None if checked == plain else checked
+
+
+_DEFAULTS = Options()
 
 
 def check_states(hx: Any, count: int) -> tuple[Tensor, ...]:

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import stack
+from . import per_sample, stack
 from .additive import Settings, run_additive_attention
 from .autograd import run_layer
-from .cells import CELLS, PLAIN, Call, Rest, Variation
+from .cells import CELLS, PLAIN, Call, Rest, Variation, Weight
 from .checks import (
     Layers,
+    Options,
     check_layers,
     check_lengths,
     check_options,
@@ -53,6 +54,7 @@ def lstm(
     zoneout: float | tuple[float, float] = 0.0,
     recurrent_dropout: float = 0.0,
     weight_dropout: float = 0.0,
+    forget_bias: float = 0.0,
 ) -> tuple[Tensor, ...]:
     """Long short-term memory (Hochreiter & Schmidhuber 1997; Gers et al. 2000) over a sequence.
 
@@ -67,7 +69,7 @@ def lstm(
         resets: bool (T, B), or (B, T) with ``batch_first``. Where true the state is zeroed before
             that step, and no gradient crosses.
         return_cells: also return the c of every step of the last layer, (T, B, D * H).
-        peephole, coupled: as ``fused_rnn.LSTM``, as are the options after them.
+        peephole, coupled, forget_bias: as ``fused_rnn.LSTM``, as are the other options.
         zoneout, recurrent_dropout, weight_dropout: drawn if ``train``.
 
     Returns:
@@ -76,12 +78,12 @@ def lstm(
     Raises:
         RuntimeError: a shape, dtype or device does not fit; the message names the argument.
     """
-    options = check_options(
-        True, layer_norm, layer_norm_eps, zoneout, recurrent_dropout, weight_dropout
+    options = Options(
+        layer_norm, layer_norm_eps, zoneout, recurrent_dropout, weight_dropout, forget_bias
     )
     layers = Layers(
         lstm_cell(peephole, coupled), has_biases, num_layers, dropout, train, bidirectional,
-        batch_first, options,
+        batch_first, check_options(options, True, has_biases),
     )  # fmt: skip
     return tuple(run(layers, input, check_states(hx, 2), params, lengths, resets, return_cells))
 
@@ -110,12 +112,10 @@ def gru(
 
     Arguments as ``lstm``, hx (num_layers * D, B, H). Returns output (T, B, D * H), h_n.
     """
-    options = check_options(
-        False, layer_norm, layer_norm_eps, zoneout, recurrent_dropout, weight_dropout
-    )
+    options = Options(layer_norm, layer_norm_eps, zoneout, recurrent_dropout, weight_dropout)
     layers = Layers(
         gru_cell(reset_after), has_biases, num_layers, dropout, train, bidirectional, batch_first,
-        options,
+        check_options(options, False, has_biases),
     )  # fmt: skip
     output, h_n = run(layers, input, check_states(hx, 1), params, lengths, resets)
     return output, h_n
@@ -145,12 +145,10 @@ def rnn(
 
     Arguments as ``lstm``, hx (num_layers * D, B, H). Returns output (T, B, D * H), h_n.
     """
-    options = check_options(
-        False, layer_norm, layer_norm_eps, zoneout, recurrent_dropout, weight_dropout
-    )
+    options = Options(layer_norm, layer_norm_eps, zoneout, recurrent_dropout, weight_dropout)
     layers = Layers(
         rnn_cell(nonlinearity), has_biases, num_layers, dropout, train, bidirectional, batch_first,
-        options,
+        check_options(options, False, has_biases),
     )  # fmt: skip
     output, h_n = run(layers, input, check_states(hx, 1), params, lengths, resets)
     return output, h_n
@@ -293,6 +291,8 @@ def run(
             "Expected params of at least one layer, weight_ih and weight_hh, got "
             f"{len(params)} params for {layers.num_layers} layers"
         )
+    if per_sample.is_expanded(params[1]) and batch_sizes is None:
+        return per_sample.run(run, layers, input, states, params, lengths, resets, return_cells)
     dims = 3 if batch_sizes is None else 2
     if input.dim() != dims:
         raise RuntimeError(f"input must have {dims} dimensions, got {input.dim()}")
@@ -357,7 +357,8 @@ def _variation(layers: Layers) -> Variation | None:
     if options is None:
         return None
     recurrent_dropout = options.recurrent_dropout if layers.train else 0.0
-    variation = Variation(options.layer_norm, *options.zoneout, recurrent_dropout)
+    zoneout_h, zoneout_c = options.zoneout
+    variation = Variation(options.layer_norm, zoneout_h, zoneout_c, recurrent_dropout)
     if options.layer_norm:
         variation = variation._replace(layer_norm_eps=options.layer_norm_eps)
     return None if variation == PLAIN else variation
@@ -376,7 +377,7 @@ def _run_layers(
     D, variation = layers.directions, _variation(layers)
     call = Call(layers.cell, layers.has_biases, projected, len(states), D, D, want_cells, variation)
     if layers.options is not None:
-        params = _with_options(layers, params, len(call.table))
+        params = _with_options(layers, params, call.table)
     run = run_heads if params[1].dim() == 3 else run_layer
     draws = layers.train and variation is not None and any(variation[1:4])
     if layers.num_layers == 1:
@@ -410,21 +411,34 @@ def _draw_seed(like: Tensor) -> Tensor:
     return torch.randint(2**62, (), device=like.device)
 
 
-def _with_options(layers: Layers, params: Sequence[Tensor], each: int) -> list[Tensor]:
-    """The weights as the options have them; there are ``each`` for a direction."""
+def _with_options(
+    layers: Layers, params: Sequence[Tensor], table: tuple[Weight, ...]
+) -> list[Tensor]:
+    """The weights as the options have them; those of a direction are in the table's order."""
     options = layers.options
     assert options is not None
     params = list(params)
-    for i in range(1, len(params), each):
-        weight_hh = params[i]
-        if layers.train and options.weight_dropout > 0:
-            seed = _draw_seed(weight_hh)
-            weight_hh = torch.ops.fused_rnn.dropout(weight_hh, options.weight_dropout, seed)
-        if weight_hh.dim() == 3 and options.layer_norm:
-            # A normalisation takes all heads together, which recurrences of one op are not.
-            weight_hh = block_diagonal(weight_hh)
-        params[i] = weight_hh
+    for i, weight in enumerate(table * (len(params) // len(table))):
+        if weight.name == "weight_hh":
+            params[i] = _weight_hh_in_use(layers, params[i])
+        if weight.name == "bias_hh" and options.forget_bias:
+            gates = params[i].unflatten(0, (weight.factor, -1))
+            place = weight.factor - 3  # in i, f, g, o and in f, g, o
+            forget = gates[place : place + 1] + options.forget_bias
+            params[i] = torch.cat([gates[:place], forget, gates[place + 1 :]]).flatten()
     return params
+
+
+def _weight_hh_in_use(layers: Layers, weight_hh: Tensor) -> Tensor:
+    options = layers.options
+    assert options is not None
+    if layers.train and options.weight_dropout > 0:
+        seed = _draw_seed(weight_hh)
+        weight_hh = torch.ops.fused_rnn.dropout(weight_hh, options.weight_dropout, seed)
+    if weight_hh.dim() == 3 and options.layer_norm:
+        # A normalisation takes all heads together, which recurrences of one op are not.
+        weight_hh = block_diagonal(weight_hh)
+    return weight_hh
 
 
 def _autocast_function(device: str) -> Callable[[Any], Any]:

@@ -38,18 +38,8 @@ class _Options:
     layer_norm: bool | str = False
     layer_norm_eps = 1e-5
     zoneout: float | tuple[float, float] = 0.0
-    recurrent_dropout = weight_dropout = 0.0
-    _DEFAULTS: ClassVar = {
-        "peephole": False,
-        "coupled": False,
-        "reset_after": True,
-        "num_heads": 1,
-        "layer_norm": False,
-        "layer_norm_eps": 1e-5,
-        "zoneout": 0.0,
-        "recurrent_dropout": 0.0,
-        "weight_dropout": 0.0,
-    }
+    recurrent_dropout = weight_dropout = forget_bias = 0.0
+    _DEFAULTS: ClassVar = {k: v for k, v in dict(locals()).items() if not k.startswith("_")}
 
     def _chosen(self) -> dict[str, Any]:
         """The options that are not at their defaults."""
@@ -87,10 +77,11 @@ class _Options:
 
     def _options(self) -> checks.Options | None:
         # At every call: the rates may be changed at any time, as torch.nn's dropout.
-        return checks.check_options(
-            self._has_c, self.layer_norm, self.layer_norm_eps, self.zoneout,
-            self.recurrent_dropout, self.weight_dropout,
+        options = checks.Options(
+            self.layer_norm, self.layer_norm_eps, self.zoneout, self.recurrent_dropout,
+            self.weight_dropout, self.forget_bias,
         )  # fmt: skip
+        return checks.check_options(options, self._has_c, self.bias)  # type: ignore[attr-defined]
 
     def _own_shapes(self, cell: str) -> dict[str, tuple[int, ...]]:
         """Weights that torch.nn's layer does not have, or has in another shape."""
@@ -586,6 +577,8 @@ class LSTM(_LayerWithC):
         coupled: i = 1 - f (CIFG; Greff et al. 2017, arXiv 1503.04069). There are gates f, g, o
             only: ``weight_ih_l{k}`` (3 * hidden_size, input) and so on; with ``peephole``
             ``weight_ch_l{k}`` (2 * hidden_size) in the order f, o.
+        forget_bias: added to the forget gate's bias in use, not to the parameter, so that weight
+            decay pulls that gate open (Jozefowicz et al. 2015, who take 1). Needs ``bias``.
     """
 
     def __init__(
@@ -609,6 +602,7 @@ class LSTM(_LayerWithC):
         zoneout: float | tuple[float, float] = 0.0,
         recurrent_dropout: float = 0.0,
         weight_dropout: float = 0.0,
+        forget_bias: float = 0.0,
     ) -> None:
         RNNBase.__init__(
             self, "LSTM", input_size, hidden_size, num_layers, bias, batch_first, dropout,
@@ -616,8 +610,8 @@ class LSTM(_LayerWithC):
         )  # fmt: skip
         if self._set_options(
             peephole=peephole, coupled=coupled, num_heads=num_heads, layer_norm=layer_norm,
-            layer_norm_eps=layer_norm_eps,
-            zoneout=zoneout, recurrent_dropout=recurrent_dropout, weight_dropout=weight_dropout,
+            layer_norm_eps=layer_norm_eps, zoneout=zoneout, recurrent_dropout=recurrent_dropout,
+            weight_dropout=weight_dropout, forget_bias=forget_bias,
         ):  # fmt: skip
             self._set_weights()
 
@@ -774,7 +768,7 @@ class LSTMCell(_Cell):
 
     Args:
         input_size, hidden_size, bias, peephole, coupled, num_heads, layer_norm, layer_norm_eps,
-            zoneout, device, dtype: as ``LSTM``.
+            zoneout, forget_bias, device, dtype: as ``LSTM``.
     """
 
     _has_c = True
@@ -793,6 +787,7 @@ class LSTMCell(_Cell):
         layer_norm: bool | str = False,
         layer_norm_eps: float = 1e-5,
         zoneout: float | tuple[float, float] = 0.0,
+        forget_bias: float = 0.0,
     ) -> None:
         chunks = 3 if coupled else 4
         super().__init__(
@@ -800,8 +795,7 @@ class LSTMCell(_Cell):
         )
         if self._set_options(
             peephole=peephole, coupled=coupled, num_heads=num_heads, layer_norm=layer_norm,
-            layer_norm_eps=layer_norm_eps,
-            zoneout=zoneout,
+            layer_norm_eps=layer_norm_eps, zoneout=zoneout, forget_bias=forget_bias,
         ):  # fmt: skip
             self._set_weights(functional.lstm_cell(peephole, coupled))
 

@@ -633,3 +633,51 @@ def test_every_cell_is_somebodys():
     plain = [("RNN", {}), ("RNN", {"nonlinearity": "relu"}), ("GRU", {}), ("LSTM", {})]
     chosen = [*plain, *VARIANTS, *PAIRS]
     assert set(fused_rnn._C.cells()) == {make(name, **options)._cell() for name, options in chosen}
+
+
+@pytest.mark.parametrize("options", [{}, {"coupled": True}, {"proj_size": 3}, {"num_heads": 2}])
+def test_forget_bias_is_a_constant_in_the_forget_gate(options: dict[str, Any]) -> None:
+    """Results and gradients are those of a layer whose bias has it; the parameter has not."""
+    arguments = {"num_layers": 2, "bidirectional": True, "dtype": torch.float64, **options}
+    layer = fused_rnn.LSTM(I, H, forget_bias=1.5, **arguments)
+    plain = fused_rnn.LSTM(I, H, **arguments)
+    plain.load_state_dict(layer.state_dict())
+    gate = 0 if options.get("coupled") else 1
+    with torch.no_grad():
+        for name, bias in plain.named_parameters():
+            if name.startswith("bias_ih"):
+                bias[gate * H : (gate + 1) * H] += 1.5
+    x = torch.randn(T, B, I, dtype=torch.float64)
+    found, expected = layer(x)[0], plain(x)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    gradients = (
+        torch.autograd.grad(output.square().sum(), list(each.parameters()))
+        for output, each in ((found, layer), (expected, plain))
+    )
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
+    assert "forget_bias=1.5" in repr(layer)
+
+
+def test_forget_bias_of_a_cell_and_of_the_function() -> None:
+    layer = fused_rnn.LSTM(I, H, forget_bias=1.0)
+    cell = fused_rnn.LSTMCell(I, H, forget_bias=1.0)
+    cell.load_state_dict({k.removesuffix("_l0"): v for k, v in layer.state_dict().items()})
+    x = torch.randn(1, B, I)
+    expected = layer(x)[0]
+    torch.testing.assert_close(cell(x[0])[0], expected[0])
+    params = list(layer.parameters())
+    assert torch.equal(functional.lstm(x, None, params, forget_bias=1.0)[0], expected)
+    assert not torch.equal(functional.lstm(x, None, params)[0], expected)
+
+
+def test_forget_bias_needs_a_bias_and_a_number() -> None:
+    for make in (fused_rnn.LSTM, fused_rnn.LSTMCell):
+        with pytest.raises(ValueError, match=r"forget_bias should be 0 without bias, got 1.0"):
+            make(I, H, bias=False, forget_bias=1.0)
+        with pytest.raises(ValueError, match="forget_bias should be finite, got inf"):
+            make(I, H, forget_bias=float("inf"))
+        with pytest.raises(TypeError, match="forget_bias should be a number, got: str"):
+            make(I, H, forget_bias="1")
+    weights = [p for p in fused_rnn.LSTM(I, H, bias=False).parameters()]
+    with pytest.raises(ValueError, match="without bias"):
+        functional.lstm(torch.randn(T, B, I), None, weights, False, forget_bias=1.0)

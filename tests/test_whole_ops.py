@@ -138,14 +138,14 @@ def trained(module: Sum, function: Callable[..., Tensor]) -> dict[str, Tensor]:
     return {"value": value.detach(), **dict(zip(names, gradients, strict=True))}
 
 
-@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("taken_by", ROUTES)
 @pytest.mark.parametrize("name", MODULES)
-def test_trains_wherever_it_is_taken(name: str, route: str, tmp_path: Path) -> None:
+def test_trains_wherever_it_is_taken(name: str, taken_by: str, tmp_path: Path) -> None:
     module = MODULES[name]()
     expected = trained(module, module)
     torch._dynamo.reset()
     taken = copy.deepcopy(module)
-    found = trained(taken, ROUTES[route](taken, tmp_path))
+    found = trained(taken, ROUTES[taken_by](taken, tmp_path))
     assert found.keys() == expected.keys()
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
@@ -401,3 +401,93 @@ def test_flops_of_additive_attention() -> None:
 def test_few_schemas() -> None:
     ours = [s for s in torch._C._jit_get_all_schemas() if s.name.startswith("fused_rnn::")]
     assert 0 < len(ours) <= 8
+
+
+class Wrapper:
+    """Holds a tensor and, as those in torch's own tests, is none: torch's functions see to it."""
+
+    def __init__(self, data: Tensor) -> None:
+        self.data = data
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self.data, name)
+        if not callable(value):
+            return wrapped(value)
+        method = getattr(type(self.data), name)
+        return lambda *args, **kwargs: self.__torch_function__(method, (), (self, *args), kwargs)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        return wrapped(func(*unwrapped(args), **unwrapped(kwargs or {})))
+
+
+def wrapped(value: Any) -> Any:
+    if isinstance(value, (tuple, list)):
+        return type(value)(wrapped(v) for v in value)
+    return Wrapper(value) if isinstance(value, Tensor) else value
+
+
+def unwrapped(value: Any) -> Any:
+    if isinstance(value, (tuple, list)):
+        return type(value)(unwrapped(v) for v in value)
+    if isinstance(value, dict):
+        return {k: unwrapped(v) for k, v in value.items()}
+    return value.data if isinstance(value, Wrapper) else value
+
+
+@pytest.mark.parametrize("num_layers", [1, 2])
+@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM"])
+def test_tensor_likes_override_torchs_functions(name: str, num_layers: int) -> None:
+    layer = getattr(fused_rnn, name)(I, H, num_layers)
+    x = torch.randn(T, B, I)
+    found, _ = layer(Wrapper(x))
+    assert isinstance(found, Wrapper)
+    assert torch.equal(found.data, layer(x)[0])
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM"])
+def test_expanded_weights_get_gradients_per_sample(name: str, batch_first: bool) -> None:
+    """Those of torch.nn's layer; cells and options by torch.func, since torch.nn has none."""
+    arguments = (I, H, 2, *(["tanh"] if name == "RNN" else []), True, batch_first, 0.0, True)
+    theirs = getattr(nn, name)(*arguments).double()
+    ours = getattr(fused_rnn, name)(*arguments).double()
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(*((B, T) if batch_first else (T, B)), I).double()
+    for layer in (theirs, ours):
+        call = per_sample(layer, batch_first=batch_first)
+        flat(call(x))[0].square().sum().backward()
+    for (k, a), b in zip(theirs.named_parameters(), ours.parameters(), strict=True):
+        torch.testing.assert_close(b.grad_sample, a.grad_sample, rtol=1e-9, atol=1e-12, msg=k)
+        assert b.grad is None
+
+
+@pytest.mark.parametrize("name", ["gru_cell", "lstm_cell", "cells", "ragged", "heads"])
+def test_expanded_weights_with_options(name: str) -> None:
+    module = MODULES[name]()
+    layer, (x,), given = module.layer, module.inputs, module.arguments
+    parameters = {k: p.detach() for k, p in layer.named_parameters()}
+    flat(per_sample(layer, batch_first=x.dim() == 2)(x, **given))[0].square().sum().backward()
+    for row in range(B):
+        only: dict[str, Any] = {k: v for k, v in given.items() if k == "return_cells"}
+        if "lengths" in given:
+            only = {"lengths": given["lengths"][[row]], "resets": given["resets"][:, [row]]}
+        one = x[[row]] if x.dim() == 2 else x[:, [row]]
+
+        def loss(weights: dict[str, Tensor], one: Tensor = one, only: Any = only) -> Tensor:
+            found = torch.func.functional_call(layer, weights, (one,), only)
+            return flat(found)[0].square().sum()
+
+        for k, d in torch.func.grad(loss)(parameters).items():
+            found = layer.get_parameter(k).grad_sample[row]
+            torch.testing.assert_close(found, d, rtol=1e-9, atol=1e-12, msg=k)
+
+
+def per_sample(layer: nn.Module, batch_first: bool) -> Callable[..., Any]:
+    from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
+
+    return call_for_per_sample_grads(
+        layer, batch_size=B, loss_reduction="sum", batch_first=batch_first
+    )
