@@ -25,7 +25,6 @@ from test_ops import (
     VARIANTS,
     VARIATIONS,
     backward_arguments,
-    call_of,
     forward_arguments,
     op_arguments,
 )
@@ -34,7 +33,7 @@ from torch import Tensor
 import fused_rnn
 from fused_rnn import ops, reference
 from fused_rnn.cells import CELLS as TRAITS
-from fused_rnn.cells import reference_weights
+from fused_rnn.cells import call_of, reference_weights
 
 REFUSALS = (
     RuntimeError, ValueError, TypeError, IndexError, NotImplementedError, OverflowError,
@@ -128,7 +127,9 @@ def by_reference(cell: str, given: Arguments) -> list[Tensor]:
         exists = torch.arange(int(sizes[0])) < sizes.unsqueeze(1)
         lengths = exists.sum(0)
         x = x.new_zeros((*exists.shape, x.shape[1])).masked_scatter(exists.unsqueeze(2), x)
-    weights = reference_weights(call_of(cell, given), [w.double() for w in given["weights"]])
+    # What torch has made of the settings: of a tensor a number.
+    call, _ = call_of(cell, *op_arguments("forward", cell, given)[-2:])
+    weights = reference_weights(call, [w.double() for w in given["weights"]])
     rows, P = weights[0].weight_hh.shape
     sizes = (P, rows // traits.gates)
     zeros = [x.new_zeros((L, x.shape[1], n)) for n in sizes]

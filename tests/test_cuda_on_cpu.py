@@ -1,8 +1,8 @@
 """The CUDA per_step engine, its own source compiled for the CPU, against the reference.
 
 ``csrc/cuda/device.cuh`` has a host twin of everything that kernels use. Here the unmodified ``.cu``
-file and the binding are built as C++, the ops registered under another name, and every
-configuration is run through them: kernels, the engine's loop, the binding that serves it, and
+file and the binding are built as C++, the ops of recurrences registered under another name, and
+every configuration is run through them: kernels, the engine's loop, the binding that serves it, and
 ``fused_rnn/composed.py``, which makes layers of it. ``tests/cuda_on_cpu`` runs the kernels with an
 eye on every load and store: an access beyond a tensor, a read of what nothing wrote, a race, a
 result left unwritten is an error.
