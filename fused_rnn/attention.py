@@ -624,8 +624,8 @@ class AttentionDecoder(nn.Module):
         given = lengths is not None and lengths is not state.lengths
         if given:
             state = state._replace(lengths=_check_lengths("lengths", lengths, memory, S))
-        # Keys projected before may be of what these lengths exclude. The fused scores leave those out,
-        # but the gradients of the projection do not.
+        # Keys projected before may be of what these lengths exclude. The fused scores leave those
+        # out, but the gradients of the projection do not.
         anew = given and (not fused or torch.is_grad_enabled())
         if anew or not fused:
             memory = _met_by_any(memory, _allowed(state.lengths, None, S))

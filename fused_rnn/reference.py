@@ -452,8 +452,8 @@ def additive_attention(
 
     Args:
         query: (B, Tq, A). key: (B, Tk, A). value: (B, Tk, D). weight, bias: (A,).
-        allowed: bool, broadcastable to (B, Tq, Tk), True where i may attend to j. Of the other pairs
-            nothing reaches a result or a gradient, NaN and infinity included.
+        allowed: bool, broadcastable to (B, Tq, Tk), True where i may attend to j. Of the other
+            pairs nothing reaches a result or a gradient, NaN and infinity included.
         keep: (B, Tq, Tk), factors of dropout on the weights: 0 or 1 / (1 - p).
 
     Returns:

@@ -6,13 +6,14 @@
 What makes this slow is one tanh per (i, j, a): the hardware has an eighth as many units for it as
 for fused multiply-add. Exponentials factor, so that one per *row element* will do:
 
-    u_ia = exp(2 (query_ia - c_a)) - 1,  P_ja = sigmoid(2 x),  T_ja = tanh(x),  x = key_ja + bias_a + c_a
+    u_ia = exp(2 (query_ia - c_a)) - 1
+    P_ja = sigmoid(2 x),  T_ja = tanh(x),  x = key_ja + bias_a + c_a
     d = 1 + u P,  n = T + u P,  tanh(query + key + bias) = n / d
     w1 n1 / d1 + w2 n2 / d2 = (w1 n1 d2 + w2 n2 d1) / (d1 d2)        one reciprocal for two channels
 
-The anchor c_a is the least of channel a over the queries of a batch row. So u is never negative and d
-never small; and small queries and keys have small u and T, from which nothing cancels. How far the
-queries of a batch row lie apart decides the mode of every 64 channels:
+The anchor c_a is the least of channel a over the queries of a batch row. So u is never negative and
+d never small; and small queries and keys have small u and T, from which nothing cancels. How far
+the queries of a batch row lie apart decides the mode of every 64 channels:
 
     PRODUCT  up to 18   d <= 2^52: d1 d2 cannot overflow, nor can it times a weight up to 2^20
     WIDE     beyond     one exponential per (i, j, a), of the sum itself
@@ -40,10 +41,10 @@ Backward recomputes the scores once and keeps d_scores, float32, and the dropped
 kernel in two roles: a program owns (rows, channels) in registers and walks over the other side, so
 that sums over it never cross threads, with u, P and T by row:
 
-    1 - tanh^2 = (1 + u) 4P(1 - P) / d^2        of the two factors above, one is the owner's own
+    d_left_ia = weight_a sum_j d_score_ij (1 - tanh^2_ija)
 
-What a query may not attend to is never multiplied with anything of it, so that NaN and infinity stay
-where they are; on the way back, NaN is already in the log-sum-exp of who attends to it.
+What a query may not attend to is never multiplied with anything of it, so that NaN and infinity
+stay where they are; on the way back, NaN is already in the log-sum-exp of who attends to it.
 
 Nothing is summed by atomics: results are the same from run to run.
 """
@@ -363,8 +364,8 @@ def prepare_kernel(
 ):  # fmt: skip
     """u of queries, or P and T of keys, of BM rows and one block of channels.
 
-    A WIDE block gets the query, or key + bias, itself in their place. Beyond the last row and channel
-    stand finite numbers.
+    A WIDE block gets the query, or key + bias, itself in their place. Beyond the last row and
+    channel stand finite numbers.
     """
     tile = tl.program_id(0).to(tl.int64)
     b = tile // tiles
@@ -459,20 +460,18 @@ def forward_kernel(
             left_out = tl.maximum(left_out, tl.max(tl.max(odd.to(tl.int32), 1), 0))
         sums = _dot(_narrow(p, v.dtype, FAST), v, sums * scale[:, None], FAST)
 
-    if HAS_MASK or CAUSAL:
-        if left_out > 0:
-            # Who may attend to what is not finite gets NaN.
-            for start in tl.range(split * split_keys, end, BN, disable_licm=True):
-                allowed = _allowed(
-                    b, first, r, start, n, Tq, length, mask, mask_b, mask_i, mask_j, HAS_MASK,
-                    CAUSAL,
-                )  # fmt: skip
-                inside = (n < length - start)[:, None] & (column < D)[None, :]
-                there = value + _int64(start) * value_t
-                v = tl.load(there + (n * value_t)[:, None], mask=inside, other=0.0)
-                odd = v.to(tl.float32) * 0.0 != 0.0
-                met = tl.dot(allowed.to(tl.float32), odd.to(tl.float32))
-                sums = tl.where(met > 0.0, float("nan"), sums)
+    if (HAS_MASK or CAUSAL) and left_out > 0:
+        # Who may attend to what is not finite gets NaN.
+        for start in tl.range(split * split_keys, end, BN, disable_licm=True):
+            allowed = _allowed(
+                b, first, r, start, n, Tq, length, mask, mask_b, mask_i, mask_j, HAS_MASK, CAUSAL
+            )  # fmt: skip
+            inside = (n < length - start)[:, None] & (column < D)[None, :]
+            there = value + _int64(start) * value_t
+            v = tl.load(there + (n * value_t)[:, None], mask=inside, other=0.0)
+            odd = v.to(tl.float32) * 0.0 != 0.0
+            met = tl.dot(allowed.to(tl.float32), odd.to(tl.float32))
+            sums = tl.where(met > 0.0, float("nan"), sums)
 
     lse, inverse = _finish(m, total)
     row = (split.to(tl.int64) * B + b) * Tq + first + r
@@ -584,17 +583,19 @@ def combine_kernel(
 @_jit
 def d_scores_kernel(
     left, modes, keys, tangents, weight, value, lengths, mask, logsumexp, delta,
-    grad_context, grad_weights, grad_scores, d_scores, weights, dropped,
+    grad_context, grad_weights, d_scores, weights, dropped, totals,
     value_b, value_t, mask_b, mask_i, mask_j,
     Tq, Tk, A2, D, left_stride, key_stride, tiles, blocks, seed, dropout_p, dropout_scale,
     HAS_LENGTHS: tl.constexpr, HAS_MASK: tl.constexpr, CAUSAL: tl.constexpr,
     DROPOUT: tl.constexpr, WIDE: tl.constexpr, GRAD_CONTEXT: tl.constexpr,
-    GRAD_WEIGHTS: tl.constexpr,
-    GRAD_SCORES: tl.constexpr, FAST: tl.constexpr,
+    GRAD_WEIGHTS: tl.constexpr, FAST: tl.constexpr,
     KEYS: tl.constexpr, BLOCK: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, TQ: tl.constexpr, TN: tl.constexpr,
 ):  # fmt: skip
-    """d_scores and dropped-out weights of one tile.
+    """d_scores and dropped-out weights of one tile, and the sum of its weights.
+
+    The sums of a whole row make up for the log-sum-exp, which is rounded to as many digits as large
+    scores have: d_scores and dropped-out weights have yet to be divided by them.
 
     With a gradient on the weights, delta_i = sum_j weights_ij d_weights_ij is not known before all
     tiles are done: then d_scores gets weights * d_weights, and the weights themselves are stored.
@@ -615,13 +616,18 @@ def d_scores_kernel(
     weights += origin
     dropped += origin
     grad_weights += origin
-    grad_scores += origin
     rows = b * Tq + first + r
+    # There is room for a total of every 64 keys, whatever the width of a tile; it is in the first.
+    totals += rows * tl.cdiv(Tk, 64) + start // 64
+    for extra in tl.static_range(1, BN // 64):
+        room = row_inside & (start + extra * 64 < Tk)
+        tl.store(totals + extra, tl.zeros((BM,), tl.float32), mask=room)
 
     end = length
     if CAUSAL:
         end = tl.minimum(end, first + BM)
     if start >= end:
+        tl.store(totals, tl.zeros((BM,), tl.float32), mask=row_inside)
         tl.store(d_scores + at, tl.zeros((BM, BN), tl.float32), mask=inside)
         if GRAD_WEIGHTS:
             tl.store(weights + at, tl.zeros((BM, BN), tl.float32), mask=inside)
@@ -640,6 +646,7 @@ def d_scores_kernel(
     )  # fmt: skip
     lse = tl.load(logsumexp + rows, mask=row_inside, other=0.0)
     p = tl.exp2(tl.where(allowed, s - lse[:, None], float("-inf")) * 1.4426950408889634)
+    tl.store(totals, tl.sum(p, 1), mask=row_inside)
 
     d_p = tl.zeros((BM, BN), tl.float32)
     if GRAD_CONTEXT:
@@ -662,22 +669,23 @@ def d_scores_kernel(
     if GRAD_WEIGHTS:
         d_p += tl.load(grad_weights + at, mask=allowed, other=0.0).to(tl.float32)
         tl.store(weights + at, p, mask=inside)
-        d_s = tl.where(allowed, p * d_p, 0.0)
     else:
         d_p -= tl.load(delta + rows, mask=row_inside, other=0.0)[:, None]
-        d_s = tl.where(allowed, p * d_p, 0.0)  # of other pairs d_p may be anything
-        if GRAD_SCORES:
-            d_s += tl.load(grad_scores + at, mask=allowed, other=0.0).to(tl.float32)
+    d_s = tl.where(allowed, p * d_p, 0.0)  # of other pairs d_p may be anything
     tl.store(d_scores + at, d_s, mask=inside)
 
 
 @_jit
 def _walk(
-    left, other, other_tangents, other_t, columns, d_scores, d_other, steps, begin, end,
+    left, tangents, other, other_tangents, other_t, columns, d_scores, d_other, steps, begin, end,
     WIDE: tl.constexpr, QUERY: tl.constexpr, FAST: tl.constexpr,
     TM: tl.constexpr, TQ: tl.constexpr, TA: tl.constexpr,
 ):  # fmt: skip
-    """Over the other side: sums of d_score (1 - tanh^2), without the owner's factor, and d_score tanh."""
+    """Over the other side: sums of d_score (1 - tanh^2) and, for queries, of d_score tanh.
+
+    The gradient of a row of equal scores is what is left when its d_scores cancel: 1 - tanh^2 is
+    the slope that disturbs their sum least.
+    """
     d_left = tl.zeros((TM, TA, TQ, 32), tl.float32)
     d_weight = tl.zeros((TM, TA, TQ, 32), tl.float32)
     skipped = tl.full((), 0, tl.int64) + begin
@@ -688,22 +696,17 @@ def _walk(
         y = tl.load(other + columns)
         d_s = tl.load(d_scores + steps)
         if WIDE:
-            e, m = _exponential(_clamp(2.0 * (left + y), -87.0, 41.0))
-            r = _reciprocal(1.0 + e, FAST)
+            _, m = _exponential(_clamp(2.0 * (left + y), -87.0, 20.0))
             # A pair that is not allowed may be of NaN and infinities.
-            met = d_s != 0.0
-            d_left = tl.fma(d_s * 4.0, tl.where(met, e * r * r, 0.0), d_left)
-            if QUERY:
-                d_weight = tl.fma(d_s, tl.where(met, m * r, 0.0), d_weight)
+            t = tl.where(d_s != 0.0, m * _reciprocal(m + 2.0, FAST), 0.0)
+        elif QUERY:
+            t = tl.fma(left, y, tl.load(other_tangents + columns))
+            t = t * _reciprocal(tl.fma(left, y, 1.0), FAST)
         else:
-            r = _reciprocal(tl.fma(left, y, 1.0), FAST)
-            weighted = d_s * r
-            if QUERY:
-                t = tl.load(other_tangents + columns)
-                d_weight = tl.fma(weighted, tl.fma(left, y, t), d_weight)
-                d_left = tl.fma(weighted * r, 2.0 * y * (1.0 - t), d_left)
-            else:
-                d_left = tl.fma(weighted * r, 1.0 + y, d_left)
+            t = tl.fma(left, y, tangents) * _reciprocal(tl.fma(left, y, 1.0), FAST)
+        d_left = tl.fma(d_s, tl.fma(-t, t, 1.0), d_left)
+        if QUERY:
+            d_weight = tl.fma(d_s, t, d_weight)
         other += other_t
         other_tangents += other_t
         d_scores += d_other
@@ -722,8 +725,8 @@ def d_channels_kernel(
 ):  # fmt: skip
     """Gradient of BM rows and TA * 32 channels: of queries (and of weight and bias), or of keys.
 
-    ``rows`` and ``others`` are u of queries and P of keys as prepare_kernel leaves them, (B, T, A2),
-    ``row_tangents`` and ``other_tangents`` T where those are keys.
+    ``rows`` and ``others`` are u of queries and P of keys as prepare_kernel leaves them, (B, T,
+    A2), ``row_tangents`` and ``other_tangents`` T where those are keys.
     """
     TM: tl.constexpr = BM // TQ
     tile = tl.program_id(0).to(tl.int64)
@@ -757,20 +760,17 @@ def d_channels_kernel(
     columns = tl.minimum(a, A - 1)
     steps = tl.minimum(i - first, T - 1 - first) * d_row
 
+    tangents = tl.load(row_tangents + own, mask=inside, other=0.0)
     if wide:
         d_left, d_w = _walk(
-            x, others, other_tangents, A2, columns, d_scores, d_other, steps, begin, end,
+            x, tangents, others, other_tangents, A2, columns, d_scores, d_other, steps, begin, end,
             True, QUERY, FAST, TM, TQ, TA,
         )  # fmt: skip
     else:
         d_left, d_w = _walk(
-            x, others, other_tangents, A2, columns, d_scores, d_other, steps, begin, end,
+            x, tangents, others, other_tangents, A2, columns, d_scores, d_other, steps, begin, end,
             False, QUERY, FAST, TM, TQ, TA,
         )  # fmt: skip
-        if QUERY:
-            d_left *= 1.0 + x
-        else:
-            d_left *= 2.0 * x * (1.0 - tl.load(row_tangents + own, mask=inside, other=0.0))
 
     d_left *= tl.load(weight + a, mask=a_inside, other=0.0)
     at = d_rows + (b * T + i) * A + a
@@ -1015,7 +1015,7 @@ def _d_channels(
     causal: bool,
     is_query: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradient of the rows ``like``, and sums over them per tile: of weight and bias, for queries alone.
+    """Gradient of the rows ``like``; for queries, sums of weight's and bias's over every tile.
 
     ``rows`` and ``others`` are as by_row has them, u and anything, or P and T.
     """
@@ -1077,6 +1077,10 @@ def backward(
         )  # fmt: skip
 
     query, key, value = _rows(query), _rows(key), _rows(value)
+    if grad_weights is None and Tq <= FEW_QUERIES:
+        # Their context came of scores that are rounded in other ways than those computed here, so
+        # that delta does not go with these weights; the sum that a gradient of weights needs does.
+        grad_weights = torch.zeros((B, Tq, Tk), **new)
     d_scores = torch.empty((B, Tq, Tk), **new)
     weights, dropped, delta = d_scores, d_scores, logsumexp
     if grad_context is None:
@@ -1087,45 +1091,50 @@ def backward(
         dropped = torch.empty((B, Tq, Tk), device=query.device, dtype=value.dtype)
     if grad_weights is not None:
         weights = torch.empty((B, Tq, Tk), **new)
-    if grad_scores is not None:
-        grad_scores = grad_scores.contiguous()
+    totals = torch.empty((B, Tq, _cdiv(Tk, 64)), **new)
 
     wide = _padded_weight(weight, A + A % 2)
     prepared = _Prepared(query, key, wide, bias, True)
     spaces = prepared.by_channel(_query_tile(Tq))
 
+    programs = B * spaces["tiles"]
+
     def grid(meta: dict[str, int]) -> tuple[int, int]:
-        return B * spaces["tiles"], _cdiv(Tk, meta["TN"] * LANES)
+        return programs, _cdiv(Tk, meta["TN"] * LANES)
 
     d_scores_kernel[grid](
         **spaces, weight=wide, value=value, value_b=value.stride(0), value_t=value.stride(1),
         lengths=query if lengths is None else lengths, logsumexp=logsumexp, delta=delta,
         grad_context=query if grad_context is None else grad_context,
         grad_weights=query if grad_weights is None else grad_weights.contiguous(),
-        grad_scores=query if grad_scores is None else grad_scores,
-        d_scores=d_scores, weights=weights, dropped=dropped,
+        d_scores=d_scores, weights=weights, dropped=dropped, totals=totals,
         Tq=Tq, Tk=Tk, D=D, HAS_LENGTHS=lengths is not None, CAUSAL=causal, DROPOUT=dropout_p > 0,
         GRAD_CONTEXT=grad_context is not None, GRAD_WEIGHTS=grad_weights is not None,
-        GRAD_SCORES=grad_scores is not None, WIDE=B * Tq * Tk >= 2**31, FAST=not INTERPRETING,
+        WIDE=B * Tq * Tk >= 2**31, FAST=not INTERPRETING,
         BK=32,
         **_mask_arguments(mask, query, Tk), **_dropout_arguments(dropout_p, seed, query),
     )  # fmt: skip
     del spaces
+    total = totals.sum(-1, keepdim=True)
+    total.masked_fill_(total == 0, 1)  # nothing to attend to
+    d_scores /= total
     if grad_weights is not None:
-        # The sum of the weights is 1 up to the rounding of the log-sum-exp.
-        total = weights.sum(-1, keepdim=True)
-        mean = d_scores.sum(-1, keepdim=True) / total.masked_fill(total == 0, 1)
+        weights /= total
+        mean = d_scores.sum(-1, keepdim=True)
         d_scores -= (weights * mean).masked_fill_(weights == 0, 0)
-        if grad_scores is not None:
-            # Masked scores are constants.
-            unseen = _forbidden(B, Tq, Tk, lengths, mask, causal, query.device)
-            extra = grad_scores.float()
-            d_scores += extra if unseen is None else extra.masked_fill(unseen, 0)
+    if grad_scores is not None:
+        # Masked scores are constants.
+        unseen = _forbidden(B, Tq, Tk, lengths, mask, causal, query.device)
+        extra = grad_scores.float()
+        d_scores += extra if unseen is None else extra.masked_fill(unseen, 0)
     del weights
 
     if grad_context is None:
         d_value = torch.zeros_like(value, memory_format=torch.contiguous_format)
     else:
+        # Of bfloat16 the quotient would be rounded once more than the total is worth.
+        if value.dtype == torch.float32:
+            dropped /= total
         d_value = torch.bmm(dropped.transpose(1, 2), grad_context)
     del dropped
     left, keys, tangents = prepared.by_row()

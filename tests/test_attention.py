@@ -290,7 +290,7 @@ def test_nothing_excluded_reaches_a_result_or_a_gradient(name, kind, dtype):
     shape = SHAPES[name]
     clean, options = inputs(shape), excluding(kind, shape)
     dirty = planted(clean, allowed_of(shape, options))
-    assert name == "several tiles" and kind == "lengths" or not dirty["key"].isfinite().all()
+    assert (name == "several tiles" and kind == "lengths") or not dirty["key"].isfinite().all()
     expected, found = (
         dict(zip(NAMES, outputs_and_gradients(fused, leaves(t, dtype), **options), strict=True))
         for t in (clean, dirty)

@@ -396,26 +396,26 @@ def test_same_bits_again() -> None:
 FLOATS = [
     "left", "anchors", "keys", "tangents", "products", "rows", "row_tangents", "others",
     "other_tangents", "weight", "logsumexp", "scores", "delta", "d_scores", "weights", "d_weight",
-    "d_bias", "parts", "parts_lse",
+    "d_bias", "parts", "parts_lse", "totals",
 ]  # fmt: skip
 OTHERS = {
     "modes": "*i32", "lengths": "*i64", "mask": "*u8", "seed": "*i64", "dropout_p": "fp32",
     "dropout_scale": "fp32",
 }  # fmt: skip
 INPUTS = [
-    "query", "key", "value", "context", "bias", "grad_context", "grad_weights", "grad_scores",
+    "query", "key", "value", "context", "bias", "grad_context", "grad_weights",
     "dropped", "d_rows", "source",
 ]  # fmt: skip
 
 PLAIN = {
     "HAS_LENGTHS": True, "HAS_MASK": False, "CAUSAL": False, "DROPOUT": False, "WIDE": False,
     "SCORES": False, "HAS_BIAS": True, "FAST": True, "KEYS": 128, "BM": 64, "BD": 64, "BK": 32,
-    "GRAD_CONTEXT": True, "GRAD_WEIGHTS": False, "GRAD_SCORES": False, "BLOCK": kernels.BLOCK,
+    "GRAD_CONTEXT": True, "GRAD_WEIGHTS": False, "BLOCK": kernels.BLOCK,
     "WITHOUT_NAN": True,
 }  # fmt: skip
 FULL = {
     **PLAIN, "HAS_MASK": True, "CAUSAL": True, "DROPOUT": True, "SCORES": True, "BD": 128,
-    "GRAD_WEIGHTS": True, "GRAD_SCORES": True,
+    "GRAD_WEIGHTS": True,
 }  # fmt: skip
 
 

@@ -4,7 +4,7 @@
 // channel's queries in the batch row,
 //
 //   u = exp(2(q - c)) - 1,  P = sigmoid(2(k + c)),  T = tanh(k + c),
-//   tanh(q + k) = (u P + T) / (u P + 1),  1 - tanh^2 = (1 + u) 4P(1 - P) / (u P + 1)^2
+//   tanh(q + k) = (u P + T) / (u P + 1)
 //
 // Small q and k have a small u and T, so that nothing cancels; u is never negative, so that a product
 // with a large P never takes away from 1. Four channels share a division: n1/d1 + ... + n4/d4 over
@@ -103,7 +103,6 @@ struct Tangent {
     minus_one = power * e.expm1 + (power - V(1)) + more;
     exponential = exponential + more;
   }
-  HOST_DEVICE V reciprocal() const { return V(1) / (V(1) + exponential); }
 };
 
 // What the exponentials of every batch row are relative to.
@@ -778,10 +777,14 @@ class AttentionBackward {
         for (int64_t j = 0; j < end; ++j) d_row[j] = d_row[j] * t.keep(i, j);
       if (p.grad_weights)
         t.add_row(static_cast<const S*>(p.grad_weights) + (row0 + i) * p.K, d_row);
-      V dot(0);
-      for (int64_t j = 0; j < width; j += V::size)
+      V dot(0), total(0);
+      for (int64_t j = 0; j < width; j += V::size) {
         dot = dot + V::load(weights + j) * V::load(d_row + j);
-      const V mean(horizontal_sum(dot));
+        total = total + V::load(weights + j);
+      }
+      // The weights sum up to 1 but for rounding; that little, times a large mean, would not cancel.
+      const C sum = horizontal_sum(total);
+      const V mean(sum == 0 ? C(0) : horizontal_sum(dot) / sum);
       for (int64_t j = 0; j < width; j += V::size) {
         const V weight = V::load(weights + j);
         where(weight <= V(0), V(0), weight * (V::load(d_row + j) - mean)).store(d_row + j);
@@ -822,16 +825,13 @@ class AttentionBackward {
           const C* key = keys + (n * channels + a) * 2 * V::size;
           C* d_key = d_kt_of(task) + (n * channels + a) * V::size;
           const C* d_scores = s.d_scores + n * V::size;
-          const V d = direct ? direct_channel(s, a, key, d_scores, d_weight)
-                             : product_channel(s, a, key, d_scores, d_weight);
+          const V d = direct ? differentiate_channel<true>(s, a, key, d_scores, d_weight)
+                             : differentiate_channel<false>(s, a, key, d_scores, d_weight);
           (V::load(d_key) + d).store(d_key);
         }
         d_weight.store(d_weight_at);
-        for (int64_t i = 0; i < t.rows; ++i) {
-          const C sum = horizontal_sum(V::load(s.d_query_sums + i * V::size));
-          s.d_queries[i * t.row_width + a] +=
-              direct ? sum : sum * (1 + t.queries[t.place_of(a, i)]);
-        }
+        for (int64_t i = 0; i < t.rows; ++i)
+          s.d_queries[i * t.row_width + a] += horizontal_sum(V::load(s.d_query_sums + i * V::size));
       }
     }
   }
@@ -887,10 +887,9 @@ class AttentionBackward {
           const C d_score = s.d_scores[i * t.score_width + j];
           if (d_score == 0) continue;  // of a pair that is not allowed anything may come
           const Tangent<V> pair = t.pair(i, key, a);
-          const V r = pair.reciprocal();
-          const V scaled = V(d_score) * r;
-          (V::load(d_weight + a) + scaled * pair.minus_one).store(d_weight + a);
-          const V d = V(4) * (pair.exponential * r) * scaled;
+          const V tangent = pair.minus_one / (V(1) + pair.exponential);
+          (V::load(d_weight + a) + V(d_score) * tangent).store(d_weight + a);
+          const V d = V(d_score) * (V(1) - tangent * tangent);
           sum = sum + d;
           C* d_query = s.d_queries + i * t.row_width + a;
           (V::load(d_query) + d).store(d_query);
@@ -901,38 +900,24 @@ class AttentionBackward {
     for (int64_t a = 0; a < p.A; ++a) d_weights_of(task)[a * V::size] = d_weight[a];
   }
 
-  // One channel against one panel of keys: adds dS (1 - t^2) / (1 + u) to the sums of the queries, dS t
-  // to d_weight, and returns the sum over queries of dS (1 - t^2).
-  V product_channel(Slot& s, int64_t a, const C* key, const C* d_scores, V& d_weight) {
+  // One channel against one panel of keys: adds dS (1 - t^2) to the sums of the queries, dS t to
+  // d_weight, and returns the sum over queries of dS (1 - t^2). The gradient of a row of equal scores is
+  // what is left when its dS cancel: 1 - t^2 is the slope that disturbs their sum least.
+  template <bool direct>
+  V differentiate_channel(Slot& s, int64_t a, const C* key, const C* d_scores, V& d_weight) {
     const AttentionTile<S>& t = s.tile;
-    const V P = V::load(key), T = V::load(key + V::size), one(1);
-    const V slope = (P + P) * (one - T);  // 4P(1 - P)
-    V sum(0);
-    for (int64_t i = 0; i < t.rows; ++i) {
-      const V u(t.queries[t.place_of(a, i)]);
-      const V r = one / (u * P + one);
-      const V scaled = V::load(d_scores + i * t.score_width) * r;
-      d_weight = d_weight + scaled * (u * P + T);
-      const V d = scaled * r;
-      sum = sum + (d + u * d);
-      C* d_query = s.d_query_sums + i * V::size;
-      (V::load(d_query) + d * slope).store(d_query);
-    }
-    return sum * slope;
-  }
-
-  // The same of tanh itself, with dS (1 - t^2) for the queries.
-  V direct_channel(Slot& s, int64_t a, const C* key, const C* d_scores, V& d_weight) {
-    const AttentionTile<S>& t = s.tile;
-    const V k = V::load(key);
+    const V P = V::load(key), T = direct ? V(0) : V::load(key + V::size), one(1);
     V d_key(0);
     for (int64_t i = 0; i < t.rows; ++i) {
+      const V u(t.queries[t.place_of(a, i)]);
       const V d_score = V::load(d_scores + i * t.score_width);
-      const V tangent = tanh(V(t.queries[t.place_of(a, i)]) + k);
-      // A pair that is not allowed may be of infinities.
-      const V safe = where((d_score <= V(0)) & (V(0) <= d_score), V(0), tangent);
-      d_weight = d_weight + d_score * safe;
-      const V d = d_score * (V(1) - safe * safe);
+      V tangent;
+      if constexpr (direct)  // a pair that is not allowed may be of infinities
+        tangent = where((d_score <= V(0)) & (V(0) <= d_score), V(0), tanh(u + P));
+      else
+        tangent = (u * P + T) / (u * P + one);
+      d_weight = d_weight + d_score * tangent;
+      const V d = d_score * (one - tangent * tangent);
       d_key = d_key + d;
       (V::load(s.d_query_sums + i * V::size) + d).store(s.d_query_sums + i * V::size);
     }
