@@ -28,12 +28,13 @@ constexpr decltype(Engines::cuda_forward) cuda_forward = nullptr;
 constexpr decltype(Engines::cuda_backward) cuda_backward = nullptr;
 #endif
 
-const Engines engines{
-    [](cpu::CellId cell, DType dtype) { return cpu::active_instruction_set().forward(cell, dtype); },
-    [](cpu::CellId cell, DType dtype) {
-      return cpu::active_instruction_set().backward(cell, dtype);
-    },
-    cuda_forward, cuda_backward};
+const Engines engines{[](cpu::CellId cell, DType dtype) {
+                        return cpu::active_instruction_set().forward(cell, dtype);
+                      },
+                      [](cpu::CellId cell, DType dtype) {
+                        return cpu::active_instruction_set().backward(cell, dtype);
+                      },
+                      cuda_forward, cuda_backward};
 
 enum Index : int {
 #define FUSED_RNN_INDEX(name, cell) name,
@@ -41,9 +42,18 @@ enum Index : int {
 };
 
 const CellTraits cells[] = {
-#define FUSED_RNN_TRAITS(name, cell)                                            \
-  {#name,          cell::gates,     cell::saved, cell::unit_weights, cell::has_c, \
-   cell::split_gates, cell::reads_h, cell::late_gate, Index::name, &engines},
+#define FUSED_RNN_TRAITS(name, cell) \
+  {#name,                            \
+   cell::gates,                      \
+   cell::saved,                      \
+   cell::unit_weights,               \
+   cell::has_c,                      \
+   cell::split_gates,                \
+   cell::reads_prev_h,               \
+   cell::reads_h,                    \
+   cell::late_gate,                  \
+   Index::name,                      \
+   &engines},
     FUSED_RNN_FOR_EACH_CELL(FUSED_RNN_TRAITS)};
 
 }  // namespace

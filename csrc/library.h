@@ -27,6 +27,7 @@ struct CellTraits {
   int64_t unit_weights;  // weights per unit that the cell itself reads
   bool has_c;            // whether there is a cell state beside h
   bool split_gates;      // whether the gradients of input and hidden gates differ
+  bool reads_prev_h;     // whether the cell reads the h before it
   bool reads_h;          // whether backward reads the h that the cell gave
   bool late_gate;        // whether the last gate's product reads h times the first gate
   int index;             // in its library

@@ -311,7 +311,8 @@ def test_strides() -> None:
     )
     strided = kernels.forward(
         query.transpose(0, 1).contiguous().transpose(0, 1), key.mT.contiguous().mT,
-        torch.stack((value, value), -1)[..., 0], weight, bias, None, None, False, 0.0, None, True, True
+        torch.stack((value, value), -1)[..., 0], weight, bias, None, None, False, 0.0,
+        None, True, True,
     )  # fmt: skip
     for a, b in zip(plain, strided, strict=True):
         assert torch.equal(a, b)

@@ -91,8 +91,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_forward(
   STD_TORCH_CHECK(settings.size() == 3, "Expected settings of 3 numbers, got ", settings.size());
   const bool want_weights = settings[1] != 0, want_scores = settings[2] != 0;
   AttentionForwardParams p{};
-  const AttentionArguments inputs(primals, lengths, mask, seed, dropout_p, settings[0] != 0,
-                                  p);
+  const AttentionArguments inputs(primals, lengths, mask, seed, dropout_p, settings[0] != 0, p);
   const ScalarType c_type = compute_type(inputs.query.scalar_type());
   const bool empty = p.B * p.Q * p.K == 0;  // then there is nothing to attend to
   const Results make{inputs.query, empty};
@@ -122,8 +121,8 @@ TensorList attention_backward(const OptionalTensorList& grads, const TensorList&
   STD_TORCH_CHECK(results.size() == 2, "Expected results of 2 tensors, context and logsumexp, got ",
                   results.size());
   AttentionBackwardParams p{};
-  const AttentionArguments inputs(primals, rest[0], rest[1], rest[2], dropout_p,
-                                  settings[0] != 0, p);
+  const AttentionArguments inputs(primals, rest[0], rest[1], rest[2], dropout_p, settings[0] != 0,
+                                  p);
   const Tensor& query = inputs.query;
   const ScalarType dtype = query.scalar_type();
   const auto check_gradient = [&](const char* name, const OptionalTensor& gradient, int64_t n,
@@ -144,7 +143,7 @@ TensorList attention_backward(const OptionalTensorList& grads, const TensorList&
   const bool empty = p.B * p.Q * p.K == 0;
   const Results make{inputs.query, empty};
   TensorList gradients{make({p.B, p.Q, p.A}), make({p.B, p.K, p.A}), make({p.B, p.K, p.D}),
-                             make({p.A})};
+                       make({p.A})};
   if (inputs.bias) gradients.push_back(make({p.A}));
   p.grad_context = pointer(grad_context);
   p.grad_weights = pointer(grad_weights);

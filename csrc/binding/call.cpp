@@ -19,7 +19,8 @@ Call::Call(CellArgument cell_in, const Settings& settings, size_t own, const Opt
   recurrences = settings[3];
   directions = static_cast<int>(settings[4]);
   want_cells = settings[5] != 0;
-  STD_TORCH_CHECK(cell.has_c || !projected,
+  // A unit of h before a projection has no unit of what was projected to read.
+  STD_TORCH_CHECK((cell.has_c && !cell.reads_prev_h) || !projected,
                   "Expected projected of 0: only lstm has a projection, not ", cell.name);
   STD_TORCH_CHECK(states == 0 || states == 1 + cell.has_c, "Expected states of 0 or ",
                   1 + cell.has_c, " for ", cell.name, ", got ", states);

@@ -43,7 +43,8 @@ WeightTable::WeightTable(const CellTraits& cell, bool has_biases, bool projected
     add(Weight::bias_hh, "bias_hh", G, 'H', '1', "(G*H)");
   }
   if (projected) add(Weight::weight_hr, "weight_hr", 1, 'P', 'H', "(P, H)");
-  if (cell.unit_weights > 0) add(Weight::weight_ch, "weight_ch", cell.unit_weights, 'H', '1', "(U*H)");
+  if (cell.unit_weights > 0)
+    add(Weight::weight_ch, "weight_ch", cell.unit_weights, 'H', '1', "(U*H)");
   if (norm == LayerNorm::none) return;
   const bool joint = norm == LayerNorm::joint;
   add(Weight::ln_input_weight, joint ? "ln_g_weight" : "ln_ih_weight", G, 'H', '1', "(G*H)");

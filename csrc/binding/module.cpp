@@ -74,11 +74,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
         binding::add_library(library);
         return traits_of(library);
       },
-      "Takes in the cells of a library, by the address of its fused_rnn_library; returns as cells.");
-  module.def("weight_table", weight_table,
-             "The weights of a recurrence in their order: name, factor, rows and columns, for a shape "
-             "of (factor * rows, columns). Rows and columns are letters of csrc/params.h; columns of "
-             "'1' are none.");
+      "Takes in the cells of a library, by the address of its fused_rnn_library; returns as "
+      "cells.");
+  module.def(
+      "weight_table", weight_table,
+      "The weights of a recurrence in their order: name, factor, rows and columns, for a shape "
+      "of (factor * rows, columns). Rows and columns are letters of csrc/params.h; columns of "
+      "'1' are none.");
   module.def(
       "saved_values",
       [](const std::string& name, int layer_norm) {

@@ -134,11 +134,12 @@ void define_plans(py::module_& module) {
              py::arg("tf32"), py::arg("backward"), py::arg("chip"),
              "The engines that a recurrence could take on a chip, or on the GPU at hand if that is "
              "None: the one that is taken first. Bytes are those of a thread block.");
-  module.def("cuda_wavefront", cuda_wavefront, py::arg("cell"), py::arg("dtype"), py::arg("T"),
-             py::arg("B"), py::arg("L"), py::arg("H"), py::kw_only(), py::arg("layers"),
-             py::arg("projected"), py::arg("tf32"), py::arg("training"), py::arg("captured"),
-             py::arg("chip"),
-             "In how many parts of time a stack of equal layers runs, and what is predicted of it.");
+  module.def(
+      "cuda_wavefront", cuda_wavefront, py::arg("cell"), py::arg("dtype"), py::arg("T"),
+      py::arg("B"), py::arg("L"), py::arg("H"), py::kw_only(), py::arg("layers"),
+      py::arg("projected"), py::arg("tf32"), py::arg("training"), py::arg("captured"),
+      py::arg("chip"),
+      "In how many parts of time a stack of equal layers runs, and what is predicted of it.");
 }
 
 }  // namespace fused_rnn::binding

@@ -42,7 +42,8 @@ inline bool has_shape(const Tensor& tensor, Sizes expected) {
   return same;
 }
 
-inline void check_shape(const char* name, const Tensor& tensor, Sizes expected, const char* letters) {
+inline void check_shape(const char* name, const Tensor& tensor, Sizes expected,
+                        const char* letters) {
   if (has_shape(tensor, expected)) return;
   std::string text;
   for (const int64_t size : expected) text += (text.empty() ? "" : ", ") + std::to_string(size);
@@ -79,7 +80,8 @@ inline void check_kind(const char* name, const Tensor& tensor, const Kind& expec
       "Expected ", name, " on the same device as the other arguments");
 }
 
-inline void check_like(const char* name, const Tensor& tensor, const Tensor& like, ScalarType dtype) {
+inline void check_like(const char* name, const Tensor& tensor, const Tensor& like,
+                       ScalarType dtype) {
   Kind expected(like);
   expected.dtype = dtype_number(dtype);
   check_kind(name, tensor, expected);
@@ -143,7 +145,9 @@ inline Sequence sequence(const Tensor& tensor) {
   return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }
 
-inline Sequence sequence(const OptionalTensor& tensor) { return tensor ? sequence(*tensor) : Sequence{}; }
+inline Sequence sequence(const OptionalTensor& tensor) {
+  return tensor ? sequence(*tensor) : Sequence{};
+}
 
 // A (T, B, L, S*H) tensor.
 inline Reserve natural_reserve(const Tensor& tensor, int64_t H) {
