@@ -683,8 +683,8 @@ def _walk(
 ):  # fmt: skip
     """Over the other side: sums of d_score (1 - tanh^2) and, for queries, of d_score tanh.
 
-    The gradient of a row of equal scores is what is left when its d_scores cancel: 1 - tanh^2 is
-    the slope that disturbs their sum least.
+    The gradient of a row of equal scores is what is left when its d_scores cancel: for small tanh,
+    1 - tanh^2 disturbs their sum least. Near +-1 its digits are lost; a product has all of them.
     """
     d_left = tl.zeros((TM, TA, TQ, 32), tl.float32)
     d_weight = tl.zeros((TM, TA, TQ, 32), tl.float32)
@@ -696,15 +696,26 @@ def _walk(
         y = tl.load(other + columns)
         d_s = tl.load(d_scores + steps)
         if WIDE:
-            _, m = _exponential(_clamp(2.0 * (left + y), -87.0, 20.0))
             # A pair that is not allowed may be of NaN and infinities.
-            t = tl.where(d_s != 0.0, m * _reciprocal(m + 2.0, FAST), 0.0)
-        elif QUERY:
-            t = tl.fma(left, y, tl.load(other_tangents + columns))
-            t = t * _reciprocal(tl.fma(left, y, 1.0), FAST)
+            x = tl.where(d_s != 0.0, left + y, 0.0)
+            e, m = _exponential(_clamp(x + x, -87.0, 41.0))
+            r = _reciprocal(1.0 + e, FAST)
+            t = m * r
+            product = 4.0 * (e * r) * r
         else:
-            t = tl.fma(left, y, tangents) * _reciprocal(tl.fma(left, y, 1.0), FAST)
-        d_left = tl.fma(d_s, tl.fma(-t, t, 1.0), d_left)
+            r = _reciprocal(tl.fma(left, y, 1.0), FAST)
+            if QUERY:
+                u = left
+                p = y
+                tangent = tl.load(other_tangents + columns)
+            else:
+                u = y
+                p = left
+                tangent = tangents
+            t = tl.fma(u, p, tangent) * r
+            product = tl.fma(u, r, r) * (2.0 * p * (1.0 - tangent) * r)
+        slope = tl.fma(-t, t, 1.0)
+        d_left = tl.fma(d_s, tl.where(slope < 0.5, product, slope), d_left)
         if QUERY:
             d_weight = tl.fma(d_s, t, d_weight)
         other += other_t
@@ -1118,6 +1129,12 @@ def backward(
     total = totals.sum(-1, keepdim=True)
     total.masked_fill_(total == 0, 1)  # nothing to attend to
     d_scores /= total
+    if grad_context is not None and value.dtype == torch.float32:
+        # Of a half type the quotient would be rounded once more than the total is worth.
+        dropped /= total
+        if grad_weights is None and dropout_p == 0:
+            # delta is rounded, too: what it leaves of the sum would outweigh small gradients.
+            d_scores -= (dropped * d_scores.sum(-1, keepdim=True)).masked_fill_(dropped == 0, 0)
     if grad_weights is not None:
         weights /= total
         mean = d_scores.sum(-1, keepdim=True)
@@ -1132,9 +1149,6 @@ def backward(
     if grad_context is None:
         d_value = torch.zeros_like(value, memory_format=torch.contiguous_format)
     else:
-        # Of bfloat16 the quotient would be rounded once more than the total is worth.
-        if value.dtype == torch.float32:
-            dropped /= total
         d_value = torch.bmm(dropped.transpose(1, 2), grad_context)
     del dropped
     left, keys, tangents = prepared.by_row()

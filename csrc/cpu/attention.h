@@ -887,9 +887,9 @@ class AttentionBackward {
           const C d_score = s.d_scores[i * t.score_width + j];
           if (d_score == 0) continue;  // of a pair that is not allowed anything may come
           const Tangent<V> pair = t.pair(i, key, a);
-          const V tangent = pair.minus_one / (V(1) + pair.exponential);
+          const V r = V(1) / (V(1) + pair.exponential), tangent = pair.minus_one * r;
           (V::load(d_weight + a) + V(d_score) * tangent).store(d_weight + a);
-          const V d = V(d_score) * (V(1) - tangent * tangent);
+          const V d = V(d_score) * slope(tangent, V(4) * (pair.exponential * r) * r);
           sum = sum + d;
           C* d_query = s.d_queries + i * t.row_width + a;
           (V::load(d_query) + d).store(d_query);
@@ -900,24 +900,39 @@ class AttentionBackward {
     for (int64_t a = 0; a < p.A; ++a) d_weights_of(task)[a * V::size] = d_weight[a];
   }
 
+  // 1 - t^2. The gradient of a row of equal scores is what is left when its dS cancel, and for small t
+  // that form disturbs their sum least; near +-1 its digits are lost, and `product` is the same with
+  // all of them.
+  static HOST_DEVICE V slope(V t, V product) {
+    const V difference = V(1) - t * t;
+    return where(difference < V(C(0.5)), product, difference);
+  }
+
   // One channel against one panel of keys: adds dS (1 - t^2) to the sums of the queries, dS t to
-  // d_weight, and returns the sum over queries of dS (1 - t^2). The gradient of a row of equal scores is
-  // what is left when its dS cancel: 1 - t^2 is the slope that disturbs their sum least.
+  // d_weight, and returns the sum over queries of dS (1 - t^2).
   template <bool direct>
   V differentiate_channel(Slot& s, int64_t a, const C* key, const C* d_scores, V& d_weight) {
     const AttentionTile<S>& t = s.tile;
     const V P = V::load(key), T = direct ? V(0) : V::load(key + V::size), one(1);
+    const V of_key = (P + P) * (one - T);  // 4P(1 - P)
     V d_key(0);
     for (int64_t i = 0; i < t.rows; ++i) {
       const V u(t.queries[t.place_of(a, i)]);
       const V d_score = V::load(d_scores + i * t.score_width);
-      V tangent;
-      if constexpr (direct)  // a pair that is not allowed may be of infinities
-        tangent = where((d_score <= V(0)) & (V(0) <= d_score), V(0), tanh(u + P));
-      else
-        tangent = (u * P + T) / (u * P + one);
+      V tangent, by_product;
+      if constexpr (direct) {  // a pair that is not allowed may be of infinities
+        const V x = where((d_score <= V(0)) & (V(0) <= d_score), V(0), u + P);
+        const Tangent<V> pair(x);
+        const V r = one / (one + pair.exponential);
+        tangent = pair.minus_one * r;
+        by_product = V(4) * (pair.exponential * r) * r;
+      } else {
+        const V r = one / (u * P + one);
+        tangent = (u * P + T) * r;
+        by_product = (u * r + r) * (of_key * r);
+      }
       d_weight = d_weight + d_score * tangent;
-      const V d = d_score * (one - tangent * tangent);
+      const V d = d_score * slope(tangent, by_product);
       d_key = d_key + d;
       (V::load(s.d_query_sums + i * V::size) + d).store(s.d_query_sums + i * V::size);
     }
