@@ -54,7 +54,7 @@ using cpu::run_phases;
 #include "product.h"
 #include "forward.h"
 #include "backward.h"
-#ifndef FUSED_RNN_USER_CELLS
+#if !defined(FUSED_RNN_DUALS) && !defined(FUSED_RNN_USER_CELLS)
 #include "attention.h"
 #include "peak.h"
 #endif
