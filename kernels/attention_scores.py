@@ -111,8 +111,11 @@ def _prune_scores(configs: list[Any], named: dict[str, Any], **kwargs: Any) -> l
 
 
 def _prune_channels(configs: list[Any], named: dict[str, Any], **kwargs: Any) -> list[Any]:
-    """Keeps tiles no wider than the channels."""
-    fits = [c for c in configs if c.kwargs["TA"] * LANES < 2 * {**named, **kwargs}["A"]]
+    """Keeps tiles no wider than the channels, and what compiles without spilling registers."""
+    arguments = {**named, **kwargs}
+    fits = [c for c in configs if c.kwargs["TA"] * LANES < 2 * arguments["A"]]
+    if not arguments["QUERY"]:  # keys hold P and T
+        fits = [c for c in fits if c.num_warps == 4]
     return fits or configs[:1]
 
 
@@ -692,7 +695,8 @@ def _walk(
     other += skipped * other_t
     other_tangents += skipped * other_t
     d_scores += skipped * d_other
-    for _ in range(begin, end):
+    # Hoisting what a key alone decides out of this loop would spill.
+    for _ in tl.range(begin, end, disable_licm=True):
         y = tl.load(other + columns)
         d_s = tl.load(d_scores + steps)
         if WIDE:
@@ -713,7 +717,7 @@ def _walk(
                 p = left
                 tangent = tangents
             t = tl.fma(u, p, tangent) * r
-            product = tl.fma(u, r, r) * (2.0 * p * (1.0 - tangent) * r)
+            product = (tl.fma(u, r, r) * p) * ((2.0 - 2.0 * tangent) * r)
         slope = tl.fma(-t, t, 1.0)
         d_left = tl.fma(d_s, tl.where(slope < 0.5, product, slope), d_left)
         if QUERY:

@@ -221,7 +221,7 @@ def test_as_accurate_as_plain_torch(Tq: int, spread: float, heavy: float) -> Non
     allowed = allowed_of((2, Tq, 21), None, None, False)
     ours, torchs, exact = [], [], []
     names = ("context", "weights", "scores", *(f"d_{n}" for n in INPUT_NAMES))
-    for draw in range(5):
+    for draw in range(10):
         tensors = inputs(2, Tq, 21, 64, 4, spread=spread)
         tensors[3] = heavy * torch.randn(64)
         if draw % 2:
@@ -469,9 +469,10 @@ def builds() -> list[Any]:
                 for config in configs if target == 90 else configs[-1:]:
                     cases.append((kernel, {**constants, **config.kwargs}, dtype, target, config))
         for query in (True, False):
-            configs = chosen(kernels.d_channels_kernel, PLAIN, kernels._prune_channels)
+            role = {**PLAIN, "QUERY": query}
+            configs = chosen(kernels.d_channels_kernel, role, kernels._prune_channels)
             for config in configs if target == 90 else configs[-1:]:
-                constants = {**PLAIN, **config.kwargs, "QUERY": query}
+                constants = {**role, **config.kwargs}
                 cases.append((kernels.d_channels_kernel, constants, "*bf16", target, config))
         small = {**FULL, "BN": 32, "BA": 64}
         cases.append((kernels.few_queries_kernel, small, "*bf16", target, None))
@@ -502,7 +503,7 @@ def test_compiles_without_spilling(target: int, tmp_path: Any) -> None:
 
 @compiled
 def test_the_loop_over_channels() -> None:
-    """Half a reciprocal per element, an exponential per row element, and no tanh."""
+    """Half a reciprocal per element, no exponential and no tanh."""
     TQ, TN, warps, BM = 4, 2, 4, 64
     ptx = build(
         kernels.forward_kernel, {**PLAIN, "TQ": TQ, "TN": TN}, "*fp32", 90, warps
@@ -510,7 +511,8 @@ def test_the_loop_over_channels() -> None:
     assert "tanh" not in ptx
     pairs = BM // TQ * TN
     blocks = [b for b in re.split(r"\n\$L__BB", ptx) if b.count("rcp.approx.ftz.f32") == pairs]
-    assert len(blocks) == 3, "narrow, capped, wide"
-    assert sorted(b.count("ex2.approx.ftz.f32") for b in blocks) == [2 * TN, 2 * TN, 2 * pairs]
-    # Two for the divisors, one for the numerator, one for the sum; WIDE has no product to add 1 to.
-    assert sorted(b.count("fma.rn.f32") for b in blocks) == [2 * pairs, 4 * pairs, 4 * pairs]
+    # Keys come with their exponentials: 6 multiply-adds for the two divisors, the two numerators, what
+    # they add up to, and the sum. WIDE makes the exponential of each pair, of 9 multiply-adds or so.
+    assert not any("ex2" in b for b in blocks)
+    counts = sorted(b.count("fma.rn.f32") for b in blocks)
+    assert counts[0] == 6 * pairs and len(counts) == 2 and counts[1] <= 11 * pairs
