@@ -195,6 +195,12 @@ def _doubled(x, error):
 
 
 @_jit
+def _tanh(minus_one, reciprocal):
+    """tanh x of e^2x - 1 and 1 / (e^2x + 1), exactly 1 where it is that in float32."""
+    return tl.where(minus_one > 67108864.0, 1.0, minus_one * reciprocal)
+
+
+@_jit
 def _add_pair(n1, d1, n2, d2, total, FAST: tl.constexpr):
     """total + n1 / d1 + n2 / d2."""
     return tl.fma(tl.fma(n2, d1, n1 * d2), _reciprocal(d1 * d2, FAST), total)
@@ -240,10 +246,9 @@ def _sum_wide(
     rows = tl.arange(0, TM)[:, None, None, None] * TQ + tl.arange(0, TQ)[None, None, :, None]
     cols = tl.arange(0, TN)[None, :, None, None] * 32 + tl.arange(0, 32)[None, None, None, :]
     for a in range(0, count):
-        _, m = _exponential(
-            _clamp(2.0 * (tl.load(left + rows) + tl.load(keys + cols)), -87.0, 20.0)
-        )
-        total = tl.fma(tl.load(weight + a) * m, _reciprocal(m + 2.0, FAST), total)
+        x = tl.load(left + rows) + tl.load(keys + cols)
+        _, m = _exponential(_clamp(x + x, -87.0, 20.0))
+        total += tl.load(weight + a) * _tanh(m, _reciprocal(m + 2.0, FAST))
         left += left_stride
         keys += key_stride
     return total
@@ -526,7 +531,8 @@ def few_queries_kernel(
             w = tl.load(weight + a, mask=a < A, other=0.0)
             _, minus_one = _exponential(_clamp(2.0 * (q[None, :] + k), -87.0, 20.0))
             one_over = _reciprocal(minus_one + 2.0, FAST)
-            parts = tl.fma(w[None, :] * minus_one, one_over, parts)
+            w = tl.broadcast_to(w[None, :], (BN, BA))
+            parts = tl.fma(w, _tanh(minus_one, one_over), parts)
         s = tl.sum(parts, 1)[None, :]
         allowed = _allowed(
             b, first, r, start, n, Tq, length, mask, mask_b, mask_i, mask_j, HAS_MASK, CAUSAL
@@ -704,7 +710,7 @@ def _walk(
             x = tl.where(d_s != 0.0, left + y, 0.0)
             e, m = _exponential(_clamp(x + x, -87.0, 41.0))
             r = _reciprocal(1.0 + e, FAST)
-            t = m * r
+            t = _tanh(m, r)
             product = 4.0 * (e * r) * r
         else:
             r = _reciprocal(tl.fma(left, y, 1.0), FAST)

@@ -511,8 +511,8 @@ def test_the_loop_over_channels() -> None:
     assert "tanh" not in ptx
     pairs = BM // TQ * TN
     blocks = [b for b in re.split(r"\n\$L__BB", ptx) if b.count("rcp.approx.ftz.f32") == pairs]
-    # Keys come with their exponentials: 6 multiply-adds for the two divisors, the two numerators, what
-    # they add up to, and the sum. WIDE makes the exponential of each pair, of 9 multiply-adds or so.
+    # Keys come with their exponentials: 6 multiply-adds for two divisors, two numerators, what they
+    # add up to, and the sum. WIDE makes the exponential of each pair, of multiply-adds again.
     assert not any("ex2" in b for b in blocks)
     counts = sorted(b.count("fma.rn.f32") for b in blocks)
     assert counts[0] == 6 * pairs and len(counts) == 2 and counts[1] <= 11 * pairs

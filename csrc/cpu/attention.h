@@ -70,11 +70,17 @@ inline bool attends(const AttentionShape& p, int64_t b, int64_t i) {
   return false;
 }
 
+// In four chains, which rounds less than one lane after the other.
 template <class T, int N>
 HOST_DEVICE T horizontal_sum(Vec<T, N> x) {
-  T sum = 0;
-  for (int i = 0; i < N; ++i) sum += x.v[i];
-  return sum;
+  constexpr int chains = N < 4 ? N : 4;
+  T lanes[N];
+  x.store(lanes);
+  for (int i = chains; i < N; i += chains)
+#pragma GCC unroll 4
+    for (int n = 0; n < chains; ++n) lanes[n] += lanes[i + n];
+  if constexpr (chains == 2) return lanes[0] + lanes[1];
+  return (lanes[0] + lanes[1]) + (lanes[chains - 2] + lanes[chains - 1]);
 }
 
 // A sum of two numbers and what rounding took from it; 0 where that is no number.
