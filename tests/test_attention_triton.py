@@ -510,9 +510,10 @@ def test_the_loop_over_channels() -> None:
     ).asm["ptx"]  # fmt: skip
     assert "tanh" not in ptx
     pairs = BM // TQ * TN
-    blocks = [b for b in re.split(r"\n\$L__BB", ptx) if b.count("rcp.approx.ftz.f32") == pairs]
+    blocks = {b.count("rcp.approx.ftz.f32"): b for b in re.split(r"\n\$L__BB", ptx)}
+    assert blocks.keys() == {0, pairs, 2 * pairs}, "the rest, products, wide"
     # Keys come with their exponentials: 6 multiply-adds for two divisors, two numerators, what they
-    # add up to, and the sum. WIDE makes the exponential of each pair, of multiply-adds again.
-    assert not any("ex2" in b for b in blocks)
-    counts = sorted(b.count("fma.rn.f32") for b in blocks)
-    assert counts[0] == 6 * pairs and len(counts) == 2 and counts[1] <= 11 * pairs
+    # add up to, and the sum. Wide channels make the exponential of each pair, of multiply-adds again.
+    assert blocks[pairs].count("fma.rn.f32") == 6 * pairs
+    assert blocks[2 * pairs].count("fma.rn.f32") <= 11 * 2 * pairs
+    assert "ex2" not in blocks[pairs] + blocks[2 * pairs]
