@@ -513,7 +513,7 @@ def test_the_loop_over_channels() -> None:
     blocks = {b.count("rcp.approx.ftz.f32"): b for b in re.split(r"\n\$L__BB", ptx)}
     assert blocks.keys() == {0, pairs, 2 * pairs}, "the rest, products, wide"
     # Keys come with their exponentials: 6 multiply-adds for two divisors, two numerators, what they
-    # add up to, and the sum. Wide channels make the exponential of each pair, of multiply-adds again.
+    # add up to, and the sum. Wide channels make the exponential of each pair, of multiply-adds too.
     assert blocks[pairs].count("fma.rn.f32") == 6 * pairs
     assert blocks[2 * pairs].count("fma.rn.f32") <= 11 * 2 * pairs
     assert "ex2" not in blocks[pairs] + blocks[2 * pairs]
