@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import runpy
+import sys
 from pathlib import Path
 
 from setuptools import setup
@@ -32,6 +33,7 @@ def extension():
         name="fused_rnn._C",
         sources=[str(csrc / source) for source in recipe["sources"](cuda)],
         extra_compile_args=recipe["flags"](cuda),
+        extra_link_args=["-Wl,-s"] if sys.platform == "linux" else [],  # symbols are a tenth of it
         # Before torch's: some torch releases ship a pybind11 that refuses stable-ABI builds.
         include_dirs=[pybind11.get_include()],
         depends=headers,

@@ -966,8 +966,9 @@ def _check_lengths(name: str, lengths: Tensor | None, like: Tensor, limit: int) 
     if not lengths.is_meta:
         inside = ((lengths >= 0) & (lengths <= limit)).all()
         message = f"Expected {name} within 0..{limit}"
-        # A device is not waited for, nor a graph broken.
-        if lengths.device.type != "cpu" or torch.compiler.is_compiling():
+        # A device is not waited for, nor a graph broken, nor asked for values while it is made.
+        watched = torch._C._len_torch_dispatch_stack() + torch._C._len_torch_function_stack()
+        if lengths.device.type != "cpu" or torch.compiler.is_compiling() or watched:
             torch._assert_async(inside, message)
         elif not inside:
             raise RuntimeError(f"{message}, got {lengths.tolist()}")

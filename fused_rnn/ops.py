@@ -1,4 +1,4 @@
-"""The compiled ops: their handles, and the shapes, costs and devices of their results.
+"""The compiled ops: their handles, and the shapes and devices of their results.
 
 Schemas stand in ``csrc/binding``, with what each argument is. ``autograd.py`` and ``additive.py``
 register derivatives and batching rules, so that whoever meets an op below our Python has all of
@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.utils.flop_counter import register_flop_formula
 
-from . import composed
+from . import composed, flops
 from .binary import _C
 from .cells import RESERVE_BLOCK, Call, call_of, compute_dtype
 
@@ -198,55 +197,7 @@ def _attention_backward_fake(
     return [primals[0].new_empty(t.shape) for t in primals]
 
 
-# ---- arithmetic, as torch counts it: two operations for each multiply-add of a product
-
-
-def _product_flops(call: Call, primals: Sequence[Any], batch_sizes: Any) -> dict[str, int]:
-    """Of each matrix of the recurrences, once for every row and step; of shapes for tensors."""
-    input, _, weights = call.split(primals)
-    rows = input[0] if batch_sizes is not None else input[0] * input[1]
-    flops = dict.fromkeys(("weight_ih", "weight_hh", "weight_hr"), 0)
-    for of in call.by_recurrence(weights):
-        for name in flops.keys() & of.keys():
-            flops[name] += 2 * rows * of[name][0] * of[name][1]
-    return flops
-
-
-@register_flop_formula(torch.ops.fused_rnn.layer_forward)
-def _layer_forward_flops(
-    cell: str, primals: Any, lengths: Any, batch_sizes: Any, resets: Any, seed: Any, settings: Any,
-    options: Any, **more: Any,
-) -> int:  # fmt: skip
-    call, _ = call_of(cell, settings, options)
-    return sum(_product_flops(call, primals, batch_sizes).values())
-
-
-@register_flop_formula(torch.ops.fused_rnn.layer_backward)
-def _layer_backward_flops(
-    cell: str, grads: Any, primals: Any, results: Any, rest: Any, settings: Any, options: Any,
-    **more: Any,
-) -> int:  # fmt: skip
-    call, (need_input, _, need_weights) = call_of(cell, settings, options)
-    flops = _product_flops(call, primals, rest[1])
-    once = sum(flops.values())
-    # The gradient of h is always needed, from step to step.
-    return once * (1 + need_weights) - flops["weight_ih"] * (not need_input)
-
-
-def _attention_flops(primals: Sequence[Any]) -> int:
-    # Of each pair of a query and a key: A channels of the score, and D of the product with values.
-    query, key, value = primals[:3]
-    return 2 * query[0] * query[1] * key[1] * (query[2] + value[2])
-
-
-@register_flop_formula(torch.ops.fused_rnn.additive_attention_forward)
-def _attention_forward_flops(primals: Any, *_: Any, **__: Any) -> int:
-    return _attention_flops(primals)
-
-
-@register_flop_formula(torch.ops.fused_rnn.additive_attention_backward)
-def _attention_backward_flops(grads: Any, primals: Any, *_: Any, **__: Any) -> int:
-    return 2 * _attention_flops(primals)
+flops.register()
 
 
 # ---- CUDA

@@ -197,7 +197,7 @@ def _library(name: str, struct: str, header: Path, verbose: bool) -> dict[str, d
     number, sets = _SETS[_C.active_instruction_set()]
     csrc = sources.csrc()
     flags = sources.flags(cuda)
-    both = ["-DFUSED_RNN_USER_CELLS", f"-DFUSED_RNN_SETS={number}"]
+    both = ["-DFUSED_RNN_USER_CELLS", "-DFUSED_RNN_CELLS_ONLY", f"-DFUSED_RNN_SETS={number}"]
     compiled = [
         source
         for source in sources.engines(cuda)

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_rnn
 from fused_rnn import _C, composed
-from fused_rnn.cells import CELLS
+from fused_rnn.cells import CELLS, call_of
 from fused_rnn.explain import Candidate, Explanation
 
 CHIPS = ["A100", "H100", "H200", "B200"]
@@ -116,16 +116,17 @@ CALLS: list[tuple[str, dict[str, Any], bool, tuple[Any, ...]]] = [
 
 
 class Ops(TorchDispatchMode):
-    """The layer ops that run, with T, B, lanes and whether they are varied."""
+    """The cells whose layers run, whether they are varied, with lanes, T and B."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: list[tuple[str, int, int, int]] = []
+        self.seen: list[tuple[str, bool, int, int, int]] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "fused_rnn" and func.name().endswith("forward"):
-            lanes = next(i for i in args[6:] if isinstance(i, int) and not isinstance(i, bool))
-            self.seen.append((func.name(), *args[0].shape[:2], lanes))
+            call, _ = call_of(args[0], *args[-2:])
+            T, B = args[1][0].shape[:2]
+            self.seen.append((call.cell, call.variation is not None, call.recurrences, T, B))
         return func(*args, **(kwargs or {}))
 
 
@@ -137,8 +138,7 @@ def test_the_cell_and_the_lanes_are_those_of_the_call(kind, options, training, e
     assert [(r.dtype, r.T, r.B) for r in found] == [("float32", 5, 3)] * 2
     with torch.no_grad(), Ops() as ran:
         layer(torch.randn(5, 3, 8))
-    called = [(f"{r.cell}{'_varied' * r.varied}_forward", r.T, r.B, r.lanes) for r in found]
-    assert [(f"fused_rnn::{name}", *sizes) for name, *sizes in called] == ran.seen
+    assert [(r.cell, r.varied, r.lanes, r.T, r.B) for r in found] == ran.seen
     # The layer is in the other mode, and explain is told so.
     layer.train(not training)
     other = fused_rnn.explain(layer, (5, 3, 8), training=training, chip="H100").recurrences

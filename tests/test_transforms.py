@@ -157,7 +157,7 @@ def test_an_ensemble_is_one_call() -> None:
     with Calls() as calls:
         output = vmap(call, (0, None))(parameters, draw(T, B, I))
         output.sum().backward()
-    assert calls.names == ["lstm_forward", "lstm_backward"]
+    assert calls.names == ["layer_forward", "layer_backward"]
 
 
 @pytest.mark.parametrize("length", [3, 50])
@@ -167,7 +167,7 @@ def test_a_gradient_penalty_is_four_calls(length: int) -> None:
     with Calls() as calls:
         (slope,) = torch.autograd.grad(layer(x)[0].sum(), x, create_graph=True)
         slope.square().sum().backward()
-    assert calls.names == ["lstm_forward", "lstm_backward"] * 2
+    assert calls.names == ["layer_forward", "layer_backward"] * 2
 
 
 @pytest.mark.parametrize("cell", transforms.CELLS)

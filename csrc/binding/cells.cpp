@@ -21,7 +21,7 @@ const CellTraits& cell_named(const char* name) {
   for (const Node* node = libraries.load(); node; node = node->next)
     for (int i = 0; i < node->library->count; ++i)
       if (std::strcmp(name, node->library->cells[i].name) == 0) return node->library->cells[i];
-  throw std::invalid_argument(std::string("Expected cell to be the name of one, got ") + name);
+  throw std::invalid_argument(std::string("no cell of that name: ") + name);
 }
 
 void add_library(const Library& library) {

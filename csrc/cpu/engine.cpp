@@ -26,7 +26,7 @@ namespace fused_rnn {
   cpu::DropoutFn dropout_function(DType d);                      \
   double multiply_add_function(int64_t rounds);                  \
   }
-#ifdef FUSED_RNN_USER_CELLS
+#ifdef FUSED_RNN_CELLS_ONLY
 // What has no cell is the extension's.
 #define FUSED_RNN_FUNCTIONS(isa) \
   isa::forward_function, isa::backward_function, nullptr, nullptr, nullptr, nullptr

@@ -54,7 +54,7 @@ using cpu::run_phases;
 #include "product.h"
 #include "forward.h"
 #include "backward.h"
-#if !defined(FUSED_RNN_DUALS) && !defined(FUSED_RNN_USER_CELLS)
+#if !defined(FUSED_RNN_DUALS) && !defined(FUSED_RNN_CELLS_ONLY)
 #include "attention.h"
 #include "peak.h"
 #endif
@@ -123,7 +123,7 @@ BackwardFn backward_function(CellId cell, DType dtype) {
 
 // ---- what has no cell, and is the extension's alone
 
-#if !defined(FUSED_RNN_DUALS) && !defined(FUSED_RNN_USER_CELLS)
+#if !defined(FUSED_RNN_DUALS) && !defined(FUSED_RNN_CELLS_ONLY)
 double multiply_add_function(int64_t rounds) { return multiply_adds(rounds); }
 
 #ifdef FUSED_RNN_ELSE
