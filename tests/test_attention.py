@@ -564,3 +564,17 @@ def test_bad_input_is_named(change, error, match):
     additive_attention(**good)
     with pytest.raises(error, match=match):
         additive_attention(**(good | change))
+
+
+def test_no_channels_attend_to_all_alike():
+    """Every score is 0, a sum of nothing."""
+    shapes = (2, 33, 0), (2, 40, 0), (2, 40, 5), (0,), (0,)
+    tensors = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    *given, bias = tensors
+    value, lengths = given[2], torch.tensor([40, 3])
+    context = additive_attention(*given, bias=bias, lengths=lengths)
+    expected = torch.stack([v[:n].mean(0).expand(33, -1) for v, n in zip(value, (40, 3))])
+    torch.testing.assert_close(context, expected, rtol=1e-6, atol=1e-6)
+    context.sum().backward()
+    assert all(t.grad.shape == t.shape for t in tensors)
+    assert value.grad[1, 3:].abs().sum() == 0 and value.grad[1, :3].allclose(torch.tensor(11.0))

@@ -70,6 +70,14 @@ struct AttentionArguments {
     STD_TORCH_CHECK(seed || dropout_p == 0, "Expected dropout_p of 0, since there is no seed, got ",
                     dropout_p);
     p.seed = seed ? static_cast<uint64_t>(*seed_pointer(*seed, query)) : 0;
+    if (p.A == 0) {  // for the engine, one of zeros
+      const Results zeros{query, true};
+      p.A = 1;
+      query = zeros({p.B, p.Q, 1});
+      key = zeros({p.B, p.K, 1});
+      weight = zeros({1});
+      if (bias) bias = zeros({1});
+    }
     p.query = query.const_data_ptr();
     p.key = key.const_data_ptr();
     p.value = value.const_data_ptr();
@@ -158,6 +166,11 @@ TensorList attention_backward(const OptionalTensorList& grads, const TensorList&
     on_cpu(inputs.query, [&](const cpu::Host& host) {
       cpu::active_instruction_set().attention_backward(p.dtype)(p, host);
     });
+  if (primals[0].size(2) == 0) {
+    gradients[0] = make({p.B, p.Q, 0});
+    gradients[1] = make({p.B, p.K, 0});
+    for (size_t i = 3; i < gradients.size(); ++i) gradients[i] = make.none();
+  }
   return gradients;
 }
 
