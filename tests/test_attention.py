@@ -573,7 +573,9 @@ def test_no_channels_attend_to_all_alike():
     *given, bias = tensors
     value, lengths = given[2], torch.tensor([40, 3])
     context = additive_attention(*given, bias=bias, lengths=lengths)
-    expected = torch.stack([v[:n].mean(0).expand(33, -1) for v, n in zip(value, (40, 3))])
+    expected = torch.stack(
+        [v[:n].mean(0).expand(33, -1) for v, n in zip(value, (40, 3), strict=True)]
+    )
     torch.testing.assert_close(context, expected, rtol=1e-6, atol=1e-6)
     context.sum().backward()
     assert all(t.grad.shape == t.shape for t in tensors)
