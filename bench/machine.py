@@ -15,6 +15,7 @@ import torch
 
 import fused_rnn
 from fused_rnn import _C
+from fused_rnn.stack import Recurrence
 
 from .shapes import Shape
 
@@ -94,10 +95,8 @@ def _planned(chip: str | None) -> dict[str, Any]:
     """Which engine PROBE takes, and up to which H an LSTM with 16 rows fits each of them."""
 
     def candidates(backward: bool, B: int, H: int) -> dict[str, dict[str, Any]]:
-        plan = _C.cuda_plan(
-            "lstm", "bfloat16", PROBE.T, B, 1, H, projected=False, varied=False, tf32=False,
-            backward=backward, chip=chip,
-        )  # fmt: skip
+        of = Recurrence("lstm", "bfloat16", PROBE.T, B, 1, H)
+        plan = _C.cuda_plan(of, tf32=False, backward=backward, chip=chip)
         return {each["engine"]: each for each in plan}
 
     probe, largest = {}, {}

@@ -97,8 +97,8 @@ class _Loop(Called):
         if self._weight_factors is not None:
             weights = [w._replace(weight_hh=w.weight_hh * self._weight_factors) for w in weights]
         output, h_n, c_n, _ = reference.layer(
-            cell.name, input, zeros, zeros if cell.has_c else None, weights, lengths,
-            self.arguments.get("resets"), factors=self._factors,
+            cell.name, input, zeros, zeros if cell.has_c else None, weights,
+            lengths=lengths, resets=self.arguments.get("resets"), factors=self._factors,
         )  # fmt: skip
         output = output.flatten(2)
         if self.batch_sizes is not None:

@@ -1,5 +1,7 @@
 from typing import Any
 
+from .stack import Recurrence
+
 reserve_block: int
 
 def cells() -> dict[str, dict[str, Any]]: ...
@@ -15,31 +17,8 @@ def keep_scratch(bytes: int) -> int: ...
 def saved_values(cell: str, layer_norm: int) -> int: ...
 def cuda_chips() -> dict[str, dict[str, Any]]: ...
 def cuda_plan(
-    cell: str,
-    dtype: str,
-    T: int,
-    B: int,
-    L: int,
-    H: int,
-    *,
-    projected: bool,
-    varied: bool,
-    tf32: bool,
-    backward: bool,
-    chip: str | None,
+    of: Recurrence, *, tf32: bool, backward: bool, chip: str | None
 ) -> list[dict[str, Any]]: ...
 def cuda_wavefront(
-    cell: str,
-    dtype: str,
-    T: int,
-    B: int,
-    L: int,
-    H: int,
-    *,
-    layers: int,
-    projected: bool,
-    tf32: bool,
-    training: bool,
-    captured: bool,
-    chip: str | None,
+    of: Recurrence, *, layers: int, tf32: bool, training: bool, captured: bool, chip: str | None
 ) -> dict[str, Any]: ...

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import functional
+from .checks import check_lengths, expect_tensor
 from .modules import GRU, LSTM
 
 SCORES = ("additive", "concat", "general", "dot", "scaled_dot")
@@ -147,7 +148,7 @@ class Attention(nn.Module):
         """
         if lengths is not None or mask is not None:
             Tk = memory.shape[1]
-            lengths = _check_lengths("lengths", lengths, memory, Tk)
+            lengths = check_lengths(lengths, memory, memory.shape[0], Tk)
             _check_mask(mask, memory, None, Tk)
             memory = _met_by_any(memory, _allowed(lengths, mask, Tk))
         if self.score == "additive":
@@ -212,17 +213,17 @@ class Attention(nn.Module):
         _expect_like("query", query, next(self.parameters(), query))
         _expect_like("memory", memory, query)
         if key is not None:
-            functional.expect_tensor("key", key, (B, Tk, self.hidden_size), query)
+            expect_tensor("key", key, (B, Tk, self.hidden_size), query)
             _expect_like("key", key, query)
         if value is not None:
-            functional.expect_tensor("value", value, (B, Tk, self.value_size), query)
+            expect_tensor("value", value, (B, Tk, self.value_size), query)
             _expect_like("value", value, query)
         elif self.value_size != self.key_size:
             raise RuntimeError(
                 f"Expected value of shape {(B, Tk, self.value_size)}, got None, and memory of "
                 f"shape {tuple(memory.shape)} cannot stand for it"
             )
-        lengths = _check_lengths("lengths", lengths, query, Tk)
+        lengths = check_lengths(lengths, query, query.shape[0], Tk)
         _check_mask(mask, queries, queries.shape[1], Tk)
         allowed = _allowed(lengths, mask, Tk)
         fused = self.score in _WITH_TANH  # and leaves out of keys and values what is excluded
@@ -571,7 +572,7 @@ class AttentionDecoder(nn.Module):
         _expect_shape("memory", memory, (None, None, self.memory_size), ("B", "S", "memory_size"))
         _expect_like("memory", memory, self.output.weight)
         S = memory.shape[1]
-        lengths = _check_lengths("lengths", lengths, memory, S)
+        lengths = check_lengths(lengths, memory, memory.shape[0], S)
         return _met_by_any(memory, _allowed(lengths, None, S)), lengths
 
     def _first_state(
@@ -616,14 +617,14 @@ class AttentionDecoder(nn.Module):
             RuntimeError: a shape, dtype, device or length does not fit; the message names it.
         """
         B, S, _ = state.key.shape
-        functional.expect_tensor("memory", memory, (B, S, self.memory_size), state.key)
-        functional.expect_tensor("input", input, (B, self.input_size), memory)
+        expect_tensor("memory", memory, (B, S, self.memory_size), state.key)
+        expect_tensor("input", input, (B, self.input_size), memory)
         _expect_like("memory", memory, self.output.weight)
         _expect_like("input", input, memory)
         fused = self.attention.score in _WITH_TANH
         given = lengths is not None and lengths is not state.lengths
         if given:
-            state = state._replace(lengths=_check_lengths("lengths", lengths, memory, S))
+            state = state._replace(lengths=check_lengths(lengths, memory, memory.shape[0], S))
         # Keys projected before may be of what these lengths exclude. The fused scores leave those
         # out, but the gradients of the projection do not.
         anew = given and (not fused or torch.is_grad_enabled())
@@ -680,7 +681,7 @@ def coverage_loss(weights: Tensor, lengths: Tensor | None = None) -> Tensor:
     """
     _expect_shape("weights", weights, (None, None, None), ("B", "T", "S"))
     T = weights.shape[1]
-    lengths = _check_lengths("lengths", lengths, weights, T)
+    lengths = check_lengths(lengths, weights, weights.shape[0], T)
     before = F.pad(weights.cumsum(dim=1), (0, 0, 1, 0))[:, :T]
     losses = torch.minimum(weights, before).sum(dim=-1)
     if lengths is None:
@@ -954,25 +955,6 @@ def _expect_like(name: str, given: Tensor, like: Tensor) -> None:
         raise RuntimeError(f"Expected {name} of dtype {like.dtype}, got {given.dtype}")
     if given.device != like.device:
         raise RuntimeError(f"Expected {name} on {like.device}, got {given.device}")
-
-
-def _check_lengths(name: str, lengths: Tensor | None, like: Tensor, limit: int) -> Tensor | None:
-    """Lengths (B,) as int64 on the device of ``like`` (B, ...), refused outside 0..limit."""
-    if lengths is None:
-        return None
-    functional.expect_tensor(name, lengths, (like.shape[0],), like)
-    if lengths.dtype == torch.bool or lengths.is_floating_point() or lengths.is_complex():
-        raise RuntimeError(f"Expected {name} of an integer dtype, got {lengths.dtype}")
-    if not lengths.is_meta:
-        inside = ((lengths >= 0) & (lengths <= limit)).all()
-        message = f"Expected {name} within 0..{limit}"
-        # A device is not waited for, nor a graph broken, nor asked for values while it is made.
-        watched = torch._C._len_torch_dispatch_stack() + torch._C._len_torch_function_stack()
-        if lengths.device.type != "cpu" or torch.compiler.is_compiling() or watched:
-            torch._assert_async(inside, message)
-        elif not inside:
-            raise RuntimeError(f"{message}, got {lengths.tolist()}")
-    return lengths.to(device=like.device, dtype=torch.int64, non_blocking=True)
 
 
 def _check_mask(mask: Tensor | None, like: Tensor, Tq: int | None, Tk: int) -> None:

@@ -345,8 +345,8 @@ def by_reference(
     autocast = torch._C._is_any_autocast_enabled()
     with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
         output, h_n, c_n, cells = reference.layer(
-            traits.name, x, hx, cx if traits.has_c else None, named, lengths, resets,
-            call.directions, factors, variation.layer_norm_eps, trace,
+            traits.name, x, hx, cx if traits.has_c else None, named, lengths=lengths, resets=resets,
+            directions=call.directions, factors=factors, eps=variation.layer_norm_eps, trace=trace,
         )  # fmt: skip
     if exists is not None:
         output, cells = output[exists], None if cells is None else cells[exists]

@@ -80,11 +80,9 @@ def _legacy_unwrap(leaf: Any, level: int) -> tuple[Any, int | None]:
     return found, 0
 
 
-def forward_rule(
-    info: Any, dims: Any, cell: str, primals: Any, lengths: Any, batch_sizes: Any, resets: Any,
-    seed: Any, settings: Any, options: Any,
-) -> tuple[Any, Any]:  # fmt: skip
+def forward_rule(info: Any, dims: Any, *arguments: Any) -> tuple[Any, Any]:
     """Of layer_forward."""
+    cell, primals, *given_rest, settings, options = arguments
     call, flags = call_of(cell, settings, options)
     _, of_primals, *of_rest, _, _ = dims
 
@@ -95,15 +93,13 @@ def forward_rule(
     results = [*_kinds_of_results(call), *(_kinds_of_saved(call, primals[0]) if flags[0] else ())]
     return _vmap(
         forward, info, (*of_rest, *of_primals), call,
-        (lengths, batch_sizes, resets, seed, *primals), (*_REST, *_kinds_of_primals(call)), results,
+        (*given_rest, *primals), (*_REST, *_kinds_of_primals(call)), results,
     )  # fmt: skip
 
 
-def backward_rule(
-    info: Any, dims: Any, cell: str, grads: Any, primals: Any, results: Any, rest: Any,
-    settings: Any, options: Any,
-) -> tuple[Any, Any]:  # fmt: skip
+def backward_rule(info: Any, dims: Any, *arguments: Any) -> tuple[Any, Any]:
     """Of layer_backward."""
+    cell, grads, primals, results, rest, settings, options = arguments
     call, needed = call_of(cell, settings, options)
     _, of_grads, of_primals, of_results, of_rest, _, _ = dims
     end = 8 + len(results)

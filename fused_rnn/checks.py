@@ -197,23 +197,28 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def check_lengths(
-    lengths: Tensor | None, like: Tensor, B: int, limit: int, what: str
+    lengths: Tensor | None, like: Tensor, B: int, limit: int, what: str = "", by_op: bool = False
 ) -> Tensor | None:
-    """(B,) int64 lengths within 0..limit on the device of ``like``."""
+    """(B,) int64 lengths within 0..limit on the device of ``like``; the CPU op may check that."""
     if lengths is None:
         return None
     expect_tensor("lengths", lengths, (B,), like)
     if lengths.dtype not in _INTEGERS:
         raise RuntimeError(f"Expected lengths of an integer dtype, got {lengths.dtype}")
-    if like.device.type not in ("cpu", "meta"):
-        # The CPU op checks the range itself; elsewhere it must not wait for the device.
+    if not (lengths.is_meta or (by_op and like.device.type in ("cpu", "meta"))):
         inside = ((lengths >= 0) & (lengths <= limit)).all()
-        message = f"Expected lengths within 0..{limit} ({what})"
-        if lengths.device.type != "cpu":
+        message = f"Expected lengths within 0..{limit}" + (f" ({what})" if what else "")
+        # A device is not waited for, nor a graph broken or asked for values while it is made.
+        if lengths.device.type != "cpu" or torch.compiler.is_compiling() or _is_watched():
             torch._assert_async(inside, message)
         elif not inside:
             raise RuntimeError(f"{message}, got {lengths.tolist()}")
     return lengths.to(device=like.device, dtype=torch.int64, non_blocking=True)
+
+
+def _is_watched() -> bool:
+    """Whether a mode of torch, such as a tracer, sees every call."""
+    return bool(torch._C._len_torch_dispatch_stack() + torch._C._len_torch_function_stack())
 
 
 def check_batch_sizes(batch_sizes: Tensor, data: Tensor) -> None:

@@ -338,10 +338,7 @@ def _wavefront(
 
 def _plan(of: Recurrence, backward: bool, tf32: bool, chip: str | None) -> list[Candidate]:
     try:
-        plan = _C.cuda_plan(
-            *of[:6], projected=of.projected, varied=of.varied, tf32=tf32, backward=backward,
-            chip=chip,
-        )  # fmt: skip
+        plan = _C.cuda_plan(of, tf32=tf32, backward=backward, chip=chip)
     except ValueError as error:  # an op makes this of what C++ throws
         raise RuntimeError(str(error)) from None
     return [

@@ -238,7 +238,7 @@ def additive_attention(
                 f"device {query.device}, got {tuple(tensor.shape)} in {tensor.dtype} on "
                 f"{tensor.device}"
             )
-    lengths = check_lengths(lengths, query, B, Tk, "the keys")
+    lengths = check_lengths(lengths, query, B, Tk, "the keys", by_op=True)
     if mask is not None:
         per_query = isinstance(mask, Tensor) and mask.dim() == 3
         expect_tensor("mask", mask, (B, Tq, Tk) if per_query else (B, Tk), query)
@@ -311,7 +311,7 @@ def run(
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     B = input.shape[1] if batch_sizes is None else first_batch_size(batch_sizes)
     if lengths is not None:
-        lengths = check_lengths(lengths, input, B, T, "the timesteps of input")
+        lengths = check_lengths(lengths, input, B, T, "the timesteps of input", by_op=True)
     if resets is not None:
         resets = check_resets(resets, T, B, input, batch_first)
     projected = check_layers(layers, input, states, params, B)

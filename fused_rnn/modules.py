@@ -254,12 +254,6 @@ class _Layer(_Options, RNNBase):
                 f"Expected {self.input_size}, got {input.size(-1)}"
             )
 
-    def _check(self, input: Tensor, states: States | None, batch_sizes: Tensor | None) -> None:
-        if states is None:
-            self.check_input(input, batch_sizes)
-        else:
-            self.check_forward_args(input, self._pack_states(states), batch_sizes)
-
     def _call(
         self,
         input: Tensor,
@@ -394,8 +388,8 @@ class RNN(_Layer):
         self.nonlinearity = nonlinearity
         mode = functional.rnn_cell(nonlinearity).upper()
         RNNBase.__init__(
-            self, mode, input_size, hidden_size, num_layers, bias, batch_first, dropout,
-            bidirectional, device=device, dtype=dtype,
+            self, mode, input_size, hidden_size, num_layers, bias=bias, batch_first=batch_first,
+            dropout=dropout, bidirectional=bidirectional, device=device, dtype=dtype,
         )  # fmt: skip
         if self._set_options(
             num_heads=num_heads, layer_norm=layer_norm,
@@ -478,8 +472,8 @@ class GRU(_Layer):
         weight_dropout: float = 0.0,
     ) -> None:
         RNNBase.__init__(
-            self, "GRU", input_size, hidden_size, num_layers, bias, batch_first, dropout,
-            bidirectional, device=device, dtype=dtype,
+            self, "GRU", input_size, hidden_size, num_layers, bias=bias, batch_first=batch_first,
+            dropout=dropout, bidirectional=bidirectional, device=device, dtype=dtype,
         )  # fmt: skip
         if self._set_options(
             reset_after=reset_after, num_heads=num_heads, layer_norm=layer_norm,
@@ -605,8 +599,9 @@ class LSTM(_LayerWithC):
         forget_bias: float = 0.0,
     ) -> None:
         RNNBase.__init__(
-            self, "LSTM", input_size, hidden_size, num_layers, bias, batch_first, dropout,
-            bidirectional, proj_size, device, dtype,
+            self, "LSTM", input_size, hidden_size, num_layers, bias=bias, batch_first=batch_first,
+            dropout=dropout, bidirectional=bidirectional, proj_size=proj_size, device=device,
+            dtype=dtype,
         )  # fmt: skip
         if self._set_options(
             peephole=peephole, coupled=coupled, num_heads=num_heads, layer_norm=layer_norm,

@@ -42,11 +42,9 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     return {ops.layer_forward: functools.partial(_translate, opset18)}
 
 
-def _translate(
-    op: Any, cell: str, primals: Sequence[Any], lengths: Any, batch_sizes: Any, resets: Any,
-    seed: Any, settings: Any, options: Any,
-) -> tuple[Any, ...]:  # fmt: skip
+def _translate(op: Any, cell: str, primals: Sequence[Any], *others: Any) -> tuple[Any, ...]:
     """layer_forward."""
+    lengths, _batch_sizes, resets, _seed, settings, options = others
     call, _ = call_of(cell, settings, options)
     if cell not in _BUILT_IN:
         _refuse(cell, "this cell")

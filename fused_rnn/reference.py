@@ -282,6 +282,7 @@ def direction(
     hx: Tensor,
     cx: Tensor | None,
     weights: Weights,
+    *,
     reverse: bool = False,
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
@@ -370,6 +371,7 @@ def layer(
     hx: Tensor,
     cx: Tensor | None,
     weights: Sequence[Weights],
+    *,
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
     directions: int | None = None,
@@ -389,8 +391,8 @@ def layer(
     results = [
         direction(
             cell, input if input.dim() == 3 else input[:, :, d], hx[d],
-            None if cx is None else cx[d], w, both and d % 2 == 1, lengths, resets,
-            factors[d] if factors else NO_FACTORS, eps, trace,
+            None if cx is None else cx[d], w, reverse=both and d % 2 == 1, lengths=lengths,
+            resets=resets, factors=factors[d] if factors else NO_FACTORS, eps=eps, trace=trace,
         )
         for d, w in enumerate(weights)
     ]  # fmt: skip
@@ -407,6 +409,7 @@ def stacked(
     hx: Tensor,
     cx: Tensor | None,
     weights: Sequence[Sequence[Weights]],
+    *,
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
     factors: Sequence[Sequence[Factors]] = (),
@@ -425,8 +428,8 @@ def stacked(
     for k, directions in enumerate(weights):
         at = slice(k * D, (k + 1) * D)
         output, h, c, cells = layer(
-            cell, input, hx[at], None if cx is None else cx[at], directions, lengths, resets,
-            factors=factors[k] if factors else (), eps=eps,
+            cell, input, hx[at], None if cx is None else cx[at], directions, lengths=lengths,
+            resets=resets, factors=factors[k] if factors else (), eps=eps,
         )  # fmt: skip
         input = output.flatten(2)
         h_n.append(h)

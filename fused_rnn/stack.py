@@ -171,7 +171,7 @@ def parts(call: Call, input: Tensor, weights: Sequence[Sequence[Tensor]]) -> int
             Recurrence(
                 call.cell, str(input.dtype).removeprefix("torch."), input.shape[0], input.shape[1],
                 weight_hh.shape[0] if weight_hh.dim() == 3 else 1, weight_hh.shape[-1],
-                call.projected, varied=False,
+                call.projected,
             ),
             layers=len(weights), training=training,
             captured=torch.cuda.is_current_stream_capturing(),
@@ -187,8 +187,8 @@ class Recurrence(NamedTuple):
     B: int
     lanes: int
     H: int  # hidden units of a lane
-    projected: bool
-    varied: bool
+    projected: bool = False
+    varied: bool = False
 
 
 class Plan(NamedTuple):
@@ -218,7 +218,7 @@ def plan(
             raise RuntimeError(f"Expected {VARIABLE} to be a positive integer, got {given}")
         return Plan(int(given), 0, 0)
     found = _C.cuda_wavefront(
-        *of[:6], layers=layers, projected=of.projected, tf32=composed.allows_tf32(),
-        training=training, captured=captured, chip=chip,
+        of, layers=layers, tf32=composed.allows_tf32(), training=training, captured=captured,
+        chip=chip,
     )  # fmt: skip
     return Plan(**found)

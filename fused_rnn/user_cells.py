@@ -145,8 +145,9 @@ class _OfUser(_Layer):
         weight_dropout: float = 0.0,
     ) -> None:
         super().__init__(
-            "LSTM" if self._has_c else "RNN_TANH", input_size, hidden_size, num_layers, bias,
-            batch_first, dropout, bidirectional, 0, device, dtype,
+            "LSTM" if self._has_c else "RNN_TANH", input_size, hidden_size, num_layers, bias=bias,
+            batch_first=batch_first, dropout=dropout, bidirectional=bidirectional, device=device,
+            dtype=dtype,
         )  # fmt: skip
         self._set_options(
             num_heads=num_heads, layer_norm=layer_norm, layer_norm_eps=layer_norm_eps,

@@ -135,8 +135,8 @@ def by_reference(cell: str, given: Arguments) -> list[Tensor]:
     zeros = [x.new_zeros((L, x.shape[1], n)) for n in sizes]
     hx, cx = (*(s.double() for s in given["states"]), *zeros[len(given["states"]) :])
     output, h_n, _, _ = reference.layer(
-        cell, x, hx, cx if traits.has_c else None, weights, lengths, given["resets"],
-        given["directions"],
+        cell, x, hx, cx if traits.has_c else None, weights, lengths=lengths,
+        resets=given["resets"], directions=given["directions"],
     )  # fmt: skip
     if given["batch_sizes"] is not None:
         output = output[exists]

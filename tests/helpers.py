@@ -283,10 +283,10 @@ def by_reference(cell: str, layer: Any) -> Callable[..., Any]:
             h,
             c,
             weights,
-            lengths,
-            None if resets is None else time_major(resets),
-            factors,
-            layer.layer_norm_eps,
+            lengths=lengths,
+            resets=None if resets is None else time_major(resets),
+            factors=factors,
+            eps=layer.layer_norm_eps,
         )
         final = h_n if c_n is None else (h_n, c_n)
         return (time_major(output), final, *([time_major(cells)] if return_cells else []))

@@ -20,6 +20,7 @@ import fused_rnn
 from fused_rnn import _C, composed
 from fused_rnn.cells import CELLS, call_of
 from fused_rnn.explain import Candidate, Explanation
+from fused_rnn.stack import Recurrence
 
 CHIPS = ["A100", "H100", "H200", "B200"]
 ENGINES = {"per_step", "persistent_cluster", "persistent_grid"}
@@ -33,9 +34,10 @@ def _no_engine_is_forced(monkeypatch):
 
 def plan(H: int = 512, **changed: Any) -> list[dict[str, Any]]:
     """``_C.cuda_plan`` of an LSTM in bfloat16 on H100, unless told otherwise."""
-    shape = {"cell": "lstm", "dtype": "bfloat16", "T": 100, "B": 16, "L": 1, "H": H}
-    of = {"projected": False, "varied": False, "tf32": False, "backward": False, "chip": "H100"}
-    return _C.cuda_plan(**shape | of | changed)
+    of = Recurrence("lstm", "bfloat16", T=100, B=16, lanes=1, H=H)
+    own = {name: changed.pop(name) for name in of._fields if name in changed}
+    how = {"tf32": False, "backward": False, "chip": "H100"}
+    return _C.cuda_plan(of._replace(**own), **how | changed)
 
 
 def by_engine(candidates: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -384,7 +386,7 @@ def test_a_plan_fits_its_chip_and_is_in_order():
     seen = set()
     for cell, dtype, H, B, L, chip in GRID:
         for backward in (False, True):
-            case = dict(cell=cell, dtype=dtype, B=B, L=L, chip=chip, backward=backward)
+            case = dict(cell=cell, dtype=dtype, B=B, lanes=L, chip=chip, backward=backward)
             found = plan(H, **case)
             assert {each["engine"] for each in found} == ENGINES, case
             assert by_engine(found)["per_step"]["possible"], case

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 import fused_rnn
 from fused_rnn import _C
+from fused_rnn.stack import Recurrence
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPE = Shape(4, 3, 5, 6)
@@ -469,10 +470,8 @@ def test_no_plan_has_a_cluster_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
         tasks, (1, 2), (False, True), ("H100", "H200", "B200")
     ):
         dtype, tf32 = gpu.PRECISIONS[name]
-        plan = _C.cuda_plan(
-            cell, str(dtype).removeprefix("torch."), 256, B, L, H, projected=False, varied=False,
-            tf32=tf32, backward=backward, chip=chip,
-        )  # fmt: skip
+        of = Recurrence(cell, str(dtype).removeprefix("torch."), 256, B, L, H)
+        plan = _C.cuda_plan(of, tf32=tf32, backward=backward, chip=chip)
         (found,) = (each for each in plan if each["engine"] == "persistent_cluster")
         if found["possible"]:
             (blocks,) = re.findall(r"^\d+ teams? of (\d+) blocks", found["reason"])

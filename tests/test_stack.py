@@ -223,7 +223,7 @@ def test_second_derivatives(streams):
 
 def plan(**changed: Any) -> stack.Plan:
     """Of four LSTM layers in bfloat16, forward on H100, unless told otherwise."""
-    of = stack.Recurrence("lstm", "bfloat16", 1024, 16, 1, 512, projected=False, varied=False)
+    of = stack.Recurrence("lstm", "bfloat16", 1024, 16, 1, 512)
     own = {name: changed.pop(name) for name in of._fields if name in changed}
     how = {"layers": 4, "training": False, "captured": False, "chip": "H100"}
     return stack.plan(of._replace(**own), **how | changed)
@@ -277,10 +277,8 @@ def test_a_forced_engine_is_asked(monkeypatch):
 
 
 def test_predictions_are_made_of_those_of_the_layers():
-    (step, *_) = _C.cuda_plan(
-        "lstm", "bfloat16", 1024, 16, 1, 512, projected=False, varied=False, tf32=False,
-        backward=False, chip="H100",
-    )  # fmt: skip
+    of = stack.Recurrence("lstm", "bfloat16", 1024, 16, 1, 512)
+    (step, *_) = _C.cuda_plan(of, tf32=False, backward=False, chip="H100")
     alone = 4 * 1024 * step["microseconds_per_step"]
     found = plan(captured=True)
     assert alone < found.microseconds_in_one_part < 1.05 * alone

@@ -4,6 +4,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include <pybind11/stl.h>
 
@@ -78,24 +79,22 @@ py::dict cuda_chips() {
   return chips;
 }
 
-cuda::Task cuda_task_named(const std::string& cell, const std::string& dtype, int64_t T, int64_t B,
-                           int64_t L, int64_t H, bool projected, bool varied, bool tf32,
-                           bool backward) {
+// fused_rnn.stack.Recurrence: cell, dtype, T, B, L, H, projected, varied.
+using Recurrence =
+    std::tuple<std::string, std::string, int64_t, int64_t, int64_t, int64_t, bool, bool>;
+
+cuda::Task task_of(const Recurrence& of, bool tf32, bool backward) {
   Shape p{};
+  std::string cell, dtype;
+  bool varied;
+  std::tie(cell, dtype, p.T, p.B, p.L, p.H, p.projected, varied) = of;
   p.dtype = dtype_named(dtype);
-  p.T = T;
-  p.B = B;
-  p.L = L;
-  p.H = H;
-  p.projected = projected;
   return cuda_task(cell_named(cell), varied, tf32, backward, p);
 }
 
-py::list cuda_plan(const std::string& cell, const std::string& dtype, int64_t T, int64_t B,
-                   int64_t L, int64_t H, bool projected, bool varied, bool tf32, bool backward,
+py::list cuda_plan(const Recurrence& of, bool tf32, bool backward,
                    const std::optional<std::string>& chip) {
-  const cuda::Task task =
-      cuda_task_named(cell, dtype, T, B, L, H, projected, varied, tf32, backward);
+  const cuda::Task task = task_of(of, tf32, backward);
   py::list plan;
   for (const auto& each : cuda::candidates(task, chip_named(chip), forced_cuda_engine())) {
     py::dict candidate;
@@ -111,12 +110,10 @@ py::list cuda_plan(const std::string& cell, const std::string& dtype, int64_t T,
   return plan;
 }
 
-py::dict cuda_wavefront(const std::string& cell, const std::string& dtype, int64_t T, int64_t B,
-                        int64_t L, int64_t H, int layers, bool projected, bool tf32, bool training,
-                        bool captured, const std::optional<std::string>& chip) {
-  const cuda::Task task = cuda_task_named(cell, dtype, T, B, L, H, projected, false, tf32, false);
-  const cuda::Wavefront found =
-      cuda::wavefront(task, layers, training, captured, chip_named(chip), forced_cuda_engine());
+py::dict cuda_wavefront(const Recurrence& of, int layers, bool tf32, bool training, bool captured,
+                        const std::optional<std::string>& chip) {
+  const cuda::Wavefront found = cuda::wavefront(task_of(of, tf32, false), layers, training,
+                                                captured, chip_named(chip), forced_cuda_engine());
   py::dict plan;
   plan["parts"] = found.parts;
   plan["microseconds"] = found.microseconds;
@@ -129,16 +126,13 @@ py::dict cuda_wavefront(const std::string& cell, const std::string& dtype, int64
 void define_plans(py::module_& module) {
   module.def("cuda_chips", cuda_chips,
              "The GPUs that cuda_plan knows by name. Clusters: how many of each size fit.");
-  module.def("cuda_plan", cuda_plan, py::arg("cell"), py::arg("dtype"), py::arg("T"), py::arg("B"),
-             py::arg("L"), py::arg("H"), py::kw_only(), py::arg("projected"), py::arg("varied"),
-             py::arg("tf32"), py::arg("backward"), py::arg("chip"),
+  module.def("cuda_plan", cuda_plan, py::arg("of"), py::kw_only(), py::arg("tf32"),
+             py::arg("backward"), py::arg("chip"),
              "The engines that a recurrence could take on a chip, or on the GPU at hand if that is "
              "None: the one that is taken first. Bytes are those of a thread block.");
   module.def(
-      "cuda_wavefront", cuda_wavefront, py::arg("cell"), py::arg("dtype"), py::arg("T"),
-      py::arg("B"), py::arg("L"), py::arg("H"), py::kw_only(), py::arg("layers"),
-      py::arg("projected"), py::arg("tf32"), py::arg("training"), py::arg("captured"),
-      py::arg("chip"),
+      "cuda_wavefront", cuda_wavefront, py::arg("of"), py::kw_only(), py::arg("layers"),
+      py::arg("tf32"), py::arg("training"), py::arg("captured"), py::arg("chip"),
       "In how many parts of time a stack of equal layers runs, and what is predicted of it.");
 }
 

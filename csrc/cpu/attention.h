@@ -194,10 +194,11 @@ class AttentionTile {
   // From queries to u and scales, for four channels.
   void load_exponentials(int64_t a, int64_t filled) {
     C* q = queries + a * max_tile_queries;
-    C c[V::size];
-    for (int i = 0; i < V::size; ++i) c[i] = -anchors.at[a + i % 4];
+    constexpr int width = V::size < 4 ? 4 : V::size;
+    C c[width];
+    for (int i = 0; i < width; ++i) c[i] = -anchors.at[a + i % 4];
     for (int64_t i = 0; i < filled * 4; i += V::size) {
-      const ExactSum<V> x(V::load(q + i), V::load(c));
+      const ExactSum<V> x(V::load(q + i), V::load(c + i % 4));
       Tangent<V>(x.sum, x.error).minus_one.store(q + i);
     }
     for (int64_t i = 0; i < filled; ++i) {
@@ -381,7 +382,7 @@ void find_anchors(const AttentionTile<S>& tile, const Host& host, const Anchors<
   parallel(host, p.B, true, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       const Anchors<C> anchors = all.of(b);
-      for (int64_t a = 0; a < p.A; a += V::size) {
+      for (int64_t a = 0; a < all.channels; a += V::size) {
         constexpr C infinity = INFINITY;
         V low(infinity), high(-infinity), odd(0);
         const S* query = static_cast<const S*>(p.query) + b * p.Q * p.A + a;

@@ -423,11 +423,12 @@ template <class T, int N>
 struct Memory<FUSED_RNN_ISA::Vec<T, N>> {
   using V = FUSED_RNN_ISA::Vec<T, N>;
 
+  // Zeros beyond count, which may be negative.
   template <class S>
   static HOST_DEVICE V load(const S* from, int64_t count) {
     if (count >= N) return FUSED_RNN_ISA::widen_vector<N>(from);
     S padded[N] = {};
-    memcpy(padded, from, count * sizeof(S));
+    if (count > 0) memcpy(padded, from, count * sizeof(S));
     return FUSED_RNN_ISA::widen_vector<N>(padded);
   }
 
