@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
@@ -24,6 +25,12 @@ LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
 GATES = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 3}
 
 Named = dict[str, Tensor]
+
+
+def each_layer(name: str, variants: Iterable[str]) -> Any:
+    """Parametrizes ``cell`` and ``name``, one of ``variants``; only an LSTM is "projected"."""
+    pairs = [(c, v) for c in LAYERS for v in variants if v != "projected" or c == "lstm"]
+    return pytest.mark.parametrize(f"cell, {name}", pairs)
 
 
 def fused(cell: str, *args: Any, **kwargs: Any) -> Any:

@@ -15,6 +15,7 @@ from helpers import (
     assert_near,
     cotangents,
     dyadic,
+    each_layer,
     fused,
     named_outputs,
     pair,
@@ -123,11 +124,8 @@ def penalty(layer: Any, x: Tensor, hx: Any) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("variant", ["plain", "stacked", "projected"])
-@pytest.mark.parametrize("cell", LAYERS)
+@each_layer("variant", ["plain", "stacked", "projected"])
 def test_gradient_penalty(cell: str, variant: str, train: bool) -> None:
-    if variant == "projected" and cell != "lstm":
-        return
     theirs, ours = pair(cell, 3, 5, **VARIANTS[variant], dtype=torch.float64)
     theirs.train(train), ours.train(train)
     x, hx = dyadic(4, 2, 3), states(ours, 2)
@@ -254,12 +252,9 @@ def test_a_tensor_that_outlived_its_transform(cell: str) -> None:
     assert torch.equal(x.grad, expected)
 
 
-@pytest.mark.parametrize("variant", ["plain", "stacked", "projected"])
-@pytest.mark.parametrize("cell", LAYERS)
+@each_layer("variant", ["plain", "stacked", "projected"])
 def test_accumulated_gradients_do_not_alias(cell: str, variant: str, device: str) -> None:
     """Optimisers write to .grad in place: to change one must leave all others as they are."""
-    if variant == "projected" and cell != "lstm":
-        return
     layer = fused(cell, I, 3, **VARIANTS[variant], device=device)
     x, hx, leaves = leaves_of(layer, device)
     output, final = layer(x, hx)
@@ -309,12 +304,10 @@ def test_truncated_backpropagation(cell: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("projected", [False, True])
-@pytest.mark.parametrize("cell", LAYERS)
-def test_memory_kept_for_backward(cell: str, projected: bool, dtype: torch.dtype) -> None:
+@each_layer("variant", ["plain", "projected"])
+def test_memory_kept_for_backward(cell: str, variant: str, dtype: torch.dtype) -> None:
     """Beside input, weights and output, no more than the gates and the states of every step."""
-    if projected and cell != "lstm":
-        return
+    projected = variant == "projected"
     steps, rows, H = 7, 3, 16
     layer = fused(
         cell, 5, H, bidirectional=True, dtype=dtype, **({"proj_size": 4} if projected else {})

@@ -12,6 +12,7 @@ from helpers import (
     assert_near,
     by_reference,
     dyadic,
+    each_layer,
     fused,
     named_outputs,
     pair,
@@ -170,13 +171,10 @@ def beyond(lengths: Tensor, batch_first: bool = False) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("cell", LAYERS)
+@each_layer("shape", SHAPES)
 def test_nothing_happens_beyond_lengths(
     cell: str, shape: str, dtype: torch.dtype, device: str
 ) -> None:
-    if shape == "projected" and cell != "lstm":
-        return
     options = {"dtype": dtype, "device": device}
     layer = fused(cell, I, H, **SHAPES[shape], **options)
     x = dyadic(B, T, I, **options) if layer.batch_first else dyadic(T, B, I, **options)
@@ -211,14 +209,11 @@ def test_no_steps_at_all(cell: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("create_graph", [False, True], ids=["first_order", "create_graph"])
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("cell", LAYERS)
+@each_layer("shape", SHAPES)
 def test_garbage_beyond_lengths_does_not_leak(
     cell: str, shape: str, create_graph: bool, device: str
 ) -> None:
     """Padding is often uninitialised memory: NaN there must change no value and no gradient."""
-    if shape == "projected" and cell != "lstm":
-        return
     layer = fused(cell, I, H, **SHAPES[shape], dtype=torch.float64, device=device)
     x = torch.randn(T, B, I, dtype=torch.float64, device=device)
     lengths = torch.tensor(LENGTHS["mixed"], device=device)
@@ -347,15 +342,12 @@ PACKED_LENGTHS = {True: [6, 5, 3, 2, 1], False: [3, 6, 2, 1, 5]}  # by enforce_s
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("enforce_sorted", [True, False])
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("cell", LAYERS)
+@each_layer("shape", SHAPES)
 def test_packed_is_lengths_bitwise(
     cell: str, shape: str, enforce_sorted: bool, dtype: torch.dtype, route: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Outputs and gradients, without and with states, resets and cells; plain data stay packed."""
-    if shape == "projected" and cell != "lstm":
-        return
     layer = fused(cell, I, H, **SHAPES[shape], dtype=dtype)
     lengths = torch.tensor(PACKED_LENGTHS[enforce_sorted])
     x = dyadic(B, T, I, dtype=dtype) if layer.batch_first else dyadic(T, B, I, dtype=dtype)
@@ -411,11 +403,8 @@ def test_packed_dropout_is_that_of_the_data(cell: str) -> None:
     assert not (layer(given)[0].data == output.data).all()
 
 
-@pytest.mark.parametrize("shape", ["plain", "stacked", "projected"])
-@pytest.mark.parametrize("cell", LAYERS)
+@each_layer("shape", ["plain", "stacked", "projected"])
 def test_packed_double_backward(cell: str, shape: str) -> None:
-    if shape == "projected" and cell != "lstm":
-        return
     options = {k: min(v, 2) for k, v in SHAPES[shape].items()}
     layer = fused(cell, 2, 3, **options, dtype=torch.float64)
     given = pack_padded_sequence(

@@ -491,6 +491,8 @@ def test_heads_with_a_projection_are_refused():
 @pytest.mark.parametrize("option", ["zoneout", "recurrent_dropout", "weight_dropout"])
 def test_rates_outside_are_refused(name, option):
     if name.endswith("Cell") and option != "zoneout":
+        with pytest.raises(TypeError, match=option):
+            make(name, **{option: 0.1})
         return
     for value in (1.0, -0.1, 2, float("nan")):
         with pytest.raises(ValueError, match=rf"{option} should be a probability in \[0, 1\), got"):
