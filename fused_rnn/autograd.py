@@ -75,7 +75,7 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def _forward(call: Call, primals: Sequence[Any], rest: Rest, save: bool) -> list[Tensor]:
+def _forward(call: Call, primals: Sequence[Any], rest: Sequence[Any], save: bool) -> list[Tensor]:
     return ops.layer_forward(call.cell, primals, *rest, call.settings(save), call.variation)
 
 
@@ -85,7 +85,7 @@ def _backward(
     grads: Sequence[Any],
     primals: Sequence[Any],
     results: Sequence[Any],
-    rest: Rest,
+    rest: Sequence[Any],
 ) -> list[Tensor]:
     return ops.layer_backward(
         call.cell, grads, primals, results, rest, call.settings(*needed), call.variation
@@ -110,31 +110,34 @@ class Layer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: Call, *tensors: Any) -> tuple[Tensor, ...]:
-        rest, primals = Rest(*tensors[:4]), tensors[4:]
-        with ops.at_lower_levels():
-            results = tuple(_forward(call, primals, rest, save=True))
-        saved = results[call.wanted :]
-        ctx.call = call
+        transformed = is_transformed()
+        with ops.at_lower_levels() if transformed else ops.below_autograd():
+            results = tuple(_forward(call, tensors[4:], tensors[:4], save=True))
+        ctx.call, ctx.wanted = call, call.wanted
+        saved = results[ctx.wanted :]
         ctx.set_materialize_grads(False)
         if saved:
             ctx.mark_non_differentiable(*saved)
         ctx.save_for_backward(*tensors, results[0], *saved)
-        if is_transformed():
+        if transformed:
             ctx.save_for_forward(*tensors)
         return results
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        call = ctx.call
-        rest, primals, results = _split(ctx.saved_tensors, 4, call.primals)
-        given = _by_result(call, grads)
+        call, needs = ctx.call, ctx.needs_input_grad
+        given: Sequence[Any] = (*grads[: ctx.wanted], None, None)[:4]
         if given[0] is given[1] is given[2] is given[3] is None:
-            return (None,) * (5 + len(primals))
-        needed = _needed(call, ctx.needs_input_grad[5:])
-        # The gradient of value + tangent * e is that of the tangent + that of the value * e.
-        swap = _swap if _is_dual(primals) else list
-        found = _gradient(call, needed, swap(given), primals, results, Rest(*rest))
-        return (None,) * 5 + _in_their_places(call, needed, swap(found))
+            return (None,) * len(needs)
+        tensors, end = ctx.saved_tensors, len(needs) - 1
+        rest, primals, results = tensors[:4], tensors[4:end], tensors[end:]
+        needed = _needed(call, needs[5:])
+        if _is_dual(primals):
+            # The gradient of value + tangent * e is that of the tangent + that of the value * e.
+            found = _swap(_gradient(call, needed, _swap(given), primals, results, rest))
+        else:
+            found = _gradient(call, needed, given, primals, results, rest)
+        return (None,) * 5 + _in_their_places(call, needed, found, len(primals))
 
     @staticmethod
     def jvp(ctx: Any, _call: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -159,7 +162,7 @@ def _gradient(
     grads: Sequence[Any],
     primals: Sequence[Any],
     results: Sequence[Any],
-    rest: Rest,
+    rest: Sequence[Any],
 ) -> list[Tensor]:
     """As ``_backward``, with a derivative of its own if anybody may ask for one."""
     if torch.is_grad_enabled() or is_transformed():
@@ -190,7 +193,7 @@ class Gradient(torch.autograd.Function):
         grads, rest, primals = _split(ctx.saved_tensors, 4, 4)
         if all(v is None for v in directions):
             return (None,) * (10 + len(primals) + ctx.results)
-        along = _in_their_places(call, needed, directions)
+        along = _in_their_places(call, needed, directions, len(primals))
         if _is_dual(primals):
             function = _gradient_by_reference(call, needed)
             given = or_zeros(directions, _where(call, needed, primals))
@@ -238,7 +241,7 @@ def _second(
     changes = [d.imag.to(primals[0].dtype) for d in found]
     return (
         [None if g is None else t for g, t in zip(grads, tangents, strict=True)],
-        _in_their_places(call, needed, changes),
+        _in_their_places(call, needed, changes, len(primals)),
     )
 
 
@@ -264,14 +267,20 @@ def _result_dtypes(call: Call, input: Tensor) -> list[torch.dtype]:
 
 
 def _needed(call: Call, needs: Sequence[bool]) -> Needed:
-    input, states, weights = call.split(needs)
-    return input, True in states, True in weights
+    begin = 1 + call.states
+    return needs[0], True in needs[1:begin], True in needs[begin:]
 
 
-def _in_their_places(call: Call, needed: Needed, found: Sequence[Any]) -> tuple[Any, ...]:
+def _in_their_places(
+    call: Call, needed: Needed, found: Sequence[Any], primals: int
+) -> tuple[Any, ...]:
     """Gradients of input, states and weights; None for those that are not needed."""
-    left = iter(found)
-    return tuple(next(left) if need else None for need in _by_primal(call, needed))
+    places: list[Any] = []
+    begin = 0
+    for need, size in zip(needed, (1, call.states, primals - 1 - call.states), strict=True):
+        places += found[begin : begin + size] if need else (None,) * size
+        begin += need * size
+    return tuple(places)
 
 
 def _where(call: Call, needed: Needed, primals: Sequence[Any]) -> list[Any]:

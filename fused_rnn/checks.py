@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .cells import CELLS, LAYER_NORMS
+from .cells import CELLS, LAYER_NORMS, PLAIN, Call, Variation
 
 
 class Options(NamedTuple):
@@ -44,6 +44,19 @@ class Layers(NamedTuple):
     @property
     def layer_norm(self) -> int:
         return 0 if self.options is None else self.options.layer_norm
+
+    @property
+    def variation(self) -> Variation | None:
+        """What the options change in the step around the cell."""
+        options = self.options
+        if options is None:
+            return None
+        recurrent_dropout = options.recurrent_dropout if self.train else 0.0
+        zoneout_h, zoneout_c = options.zoneout
+        variation = Variation(options.layer_norm, zoneout_h, zoneout_c, recurrent_dropout)
+        if options.layer_norm:
+            variation = variation._replace(layer_norm_eps=options.layer_norm_eps)
+        return None if variation == PLAIN else variation
 
 
 def check_options(given: Options, has_c: bool, has_biases: bool) -> Options | None:
@@ -101,86 +114,102 @@ def check_states(hx: Any, count: int) -> tuple[Tensor, ...]:
     raise TypeError(f"hx should be {expected} or None, got: {given}")
 
 
-# Name and shape of each weight of all layers, and the widths of h and c.
-Expected = tuple[list[tuple[str, tuple[int, ...]]], tuple[int, int]]
+class Plan(NamedTuple):
+    """What follows for layers from the sizes of what they are given."""
+
+    call: Call  # of a layer
+    names: list[str]  # of the weights of all layers
+    shapes: list[tuple[int, ...]]
+    widths: tuple[int, int]  # of h and c
 
 
-def is_projected(layers: Layers, params: Sequence[Tensor]) -> bool:
-    """Whether the layers have a projection, which is told by how many weights there are."""
-    D, cell = layers.directions, CELLS[layers.cell]
-    each, rest = divmod(len(params), layers.num_layers * D)
-    without = len(cell.table(layers.has_biases, False, layers.layer_norm))
-    if rest or each - without not in ((0, 1) if cell.has_c else (0,)):
-        more = f" (or {without + 1} with a projection)" if cell.has_c else ""
+def _plan(
+    layers: Layers, states: int, want_cells: bool, params: int, input_size: int,
+    of_weight_hh: tuple[int, ...],
+) -> Plan:  # fmt: skip
+    D, traits, norm = layers.directions, CELLS[layers.cell], layers.layer_norm
+    # How many weights there are tells whether there is a projection.
+    each, rest = divmod(params, layers.num_layers * D)
+    without = len(traits.table(layers.has_biases, False, norm))
+    if rest or each - without not in ((0, 1) if traits.has_c else (0,)):
+        more = f" (or {without + 1} with a projection)" if traits.has_c else ""
         raise RuntimeError(
             f"Expected {without} params{more} for each of {layers.num_layers} layers and {D} "
-            f"directions, got {len(params)}"
+            f"directions, got {params}"
         )
-    return each > without
-
-
-def _expect(
-    layers: Layers, projected: bool, input_size: int, H: int, P: int, heads: int
-) -> Expected:
-    gates = CELLS[layers.cell].gates
-    table = CELLS[layers.cell].table(layers.has_biases, projected, layers.layer_norm)
-    found = []
+    projected = each > without
+    table = traits.table(layers.has_biases, projected, norm)
+    H, heads = hidden_size(layers.cell, of_weight_hh)
+    P = of_weight_hh[-1] if projected else H
+    names, shapes = [], []
     for k in range(layers.num_layers):
-        for suffix in ("", "_reverse")[: layers.directions]:
-            sizes = {"I": input_size if k == 0 else P * layers.directions, "H": H, "P": P}
+        for suffix in ("", "_reverse")[:D]:
+            sizes = {"I": input_size if k == 0 else P * D, "H": H, "P": P}
             for weight in table:
                 shape = weight.shape(sizes)
                 if heads and weight.name == "weight_hh":
-                    shape = (heads, gates * H // heads, H // heads)
-                found.append((f"{weight.name}_l{k}{suffix}", shape))
-    return found, (P, H)
+                    shape = (heads, traits.gates * H // heads, H // heads)
+                names.append(f"{weight.name}_l{k}{suffix}")
+                shapes.append(shape)
+    call = Call(
+        layers.cell, layers.has_biases, projected, states, D, D, want_cells, layers.variation
+    )
+    return Plan(call, names, shapes, (P, H))
 
 
-_expect_known = functools.lru_cache(_expect)
+_known_plan = functools.lru_cache(1024)(_plan)
 
 
-def check_layers(
+def plan_of(
     layers: Layers,
     input: Tensor,
     states: Sequence[Tensor],
     params: Sequence[Tensor],
-    batch_size: int,
-) -> bool:
-    """Names the weight or state whose shape, dtype or device does not fit.
+    want_cells: bool,
+    is_plain: bool,
+) -> Plan:
+    """That of a call, which has not been checked for anything but the number of params.
 
-    Returns:
-        Whether there is a projection.
+    It is remembered of what ``is_plain``: symbols cannot be, and torch.compile does not look there.
     """
-    projected = is_projected(layers, params)
-    weight_hh = params[1]
-    H, heads = hidden_size(layers.cell, weight_hh)
-    P = params[4 if layers.has_biases else 2].shape[0] if projected else H
-    expect = _expect if torch.compiler.is_compiling() else _expect_known
-    expected, widths = expect(layers, projected, input.shape[-1], H, P, heads)
+    plan = _known_plan if is_plain else _plan
+    sizes = input.shape[-1], params[1].shape
+    return plan(layers, len(states), want_cells, len(params), *sizes)
+
+
+def check_layers(
+    layers: Layers,
+    plan: Plan,
+    input: Tensor,
+    states: Sequence[Tensor],
+    params: Sequence[Tensor],
+    batch_size: int,
+) -> None:
+    """Names the weight or state whose shape, dtype or device does not fit."""
     dtype, device = input.dtype, input.device
-    for tensor, (name, shape) in zip(params, expected, strict=True):
+    for name, tensor, shape in zip(plan.names, params, plan.shapes, strict=True):
         if tensor.shape != shape or tensor.dtype != dtype or tensor.device != device:
             raise RuntimeError(
                 f"Expected {name} of shape {shape} in input's dtype {dtype} on its device "
                 f"{device}, got {tuple(tensor.shape)} in {tensor.dtype} on {tensor.device}"
             )
     count = layers.num_layers * layers.directions
-    for name, state, n in zip(("hx", "cx"), states, widths, strict=False):
+    for name, state, n in zip(("hx", "cx"), states, plan.widths, strict=False):
         if state.shape != (count, batch_size, n):
             raise RuntimeError(
                 f"Expected {name} of shape {(count, batch_size, n)}, got {tuple(state.shape)}"
             )
-        for what in ("dtype", "device"):
-            wanted, found = getattr(weight_hh, what), getattr(state, what)
-            if wanted != found:
-                raise RuntimeError(f"Expected {name} of the weights' {what} {wanted}, got {found}")
-    return projected
+        if state.dtype != dtype or state.device != device:
+            raise RuntimeError(
+                f"Expected {name} in the weights' dtype {dtype} on their device {device}, got "
+                f"{state.dtype} on {state.device}"
+            )
 
 
-def hidden_size(cell: str, weight_hh: Tensor) -> tuple[int, int]:
-    """H and, if the recurrence is block-diagonal, the number of heads, else 0."""
-    heads = weight_hh.shape[0] if weight_hh.dim() == 3 else 0
-    return weight_hh.shape[-2] * max(heads, 1) // CELLS[cell].gates, heads
+def hidden_size(cell: str, of_weight_hh: tuple[int, ...]) -> tuple[int, int]:
+    """H and, if the recurrence is block-diagonal, the number of heads, else 0; of a shape."""
+    heads = of_weight_hh[0] if len(of_weight_hh) == 3 else 0
+    return of_weight_hh[-2] * max(heads, 1) // CELLS[cell].gates, heads
 
 
 def expect_tensor(name: str, value: Any, shape: tuple[int, ...], like: Tensor) -> None:

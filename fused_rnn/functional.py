@@ -17,7 +17,7 @@ from torch import Tensor
 from . import per_sample, stack
 from .additive import Settings, run_additive_attention
 from .autograd import run_layer
-from .cells import CELLS, PLAIN, Call, Rest, Variation, Weight
+from .cells import CELLS, NOTHING, Call, Rest, Weight
 from .checks import (
     Layers,
     Options,
@@ -29,6 +29,7 @@ from .checks import (
     expect_tensor,
     first_batch_size,
     hidden_size,
+    plan_of,
 )
 from .heads import block_diagonal, run_heads
 
@@ -306,18 +307,24 @@ def run(
     batch_first = layers.batch_first
     if batch_first:
         input = input.transpose(0, 1)
-    T = (input if batch_sizes is None else batch_sizes).shape[0]
+    T = (input if batch_sizes is None else batch_sizes).size(0)
     if T == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-    B = input.shape[1] if batch_sizes is None else first_batch_size(batch_sizes)
-    if lengths is not None:
+    rest = NOTHING
+    if lengths is not None or resets is not None or batch_sizes is not None:
+        B = _batch_size(input, batch_sizes)
         lengths = check_lengths(lengths, input, B, T, "the timesteps of input", by_op=True)
-    if resets is not None:
-        resets = check_resets(resets, T, B, input, batch_first)
-    projected = check_layers(layers, input, states, params, B)
-    results = _run_layers(
-        layers, input, states, params, Rest(lengths, batch_sizes, resets), return_cells, projected
-    )
+        if resets is not None:
+            resets = check_resets(resets, T, B, input, batch_first)
+        rest = Rest(lengths, batch_sizes, resets)
+    is_plain = _is_plain_on_cpu(input)
+    plan = plan_of(layers, input, states, params, return_cells, is_plain)
+    if is_plain and layers.options is None and layers.num_layers == 1 and params[1].dim() == 2:
+        # The op names what does not fit, since it must not touch it.
+        results = run_layer(plan.call, [input, *states, *params], rest)
+    else:
+        check_layers(layers, plan, input, states, params, _batch_size(input, batch_sizes))
+        results = _run_layers(layers, plan.call, input, states, params, rest)
     if batch_first or return_cells or given is not None:
         output, *final = results
         if return_cells:
@@ -329,7 +336,7 @@ def run(
             # Under autocast on the CPU torch.nn's GRU (and its GRUCell and LSTMCell, and LSTM
             # wherever oneDNN is not asked) ends in ops that autocast leaves alone, so that results
             # have the dtype of the states given.
-            H, heads = hidden_size(layers.cell, params[1])
+            H, heads = hidden_size(layers.cell, params[1].shape)
             if layers.cell == "lstm" and not heads and params[1].shape[1] != H:
                 final[1] = final[1].to(given)
             elif layers.cell.startswith("gru") or (
@@ -338,6 +345,10 @@ def run(
                 output, *final = (t.to(given) for t in (output, *final))
         return output, *final
     return results
+
+
+def _batch_size(input: Tensor, batch_sizes: Tensor | None) -> int:
+    return input.shape[1] if batch_sizes is None else first_batch_size(batch_sizes)
 
 
 def takes_packed(data: Tensor) -> bool:
@@ -352,34 +363,19 @@ def _is_plain_on_cpu(tensor: Tensor) -> bool:
     return type(tensor) is Tensor and tensor.is_cpu and not torch.compiler.is_compiling()
 
 
-def _variation(layers: Layers) -> Variation | None:
-    options = layers.options
-    if options is None:
-        return None
-    recurrent_dropout = options.recurrent_dropout if layers.train else 0.0
-    zoneout_h, zoneout_c = options.zoneout
-    variation = Variation(options.layer_norm, zoneout_h, zoneout_c, recurrent_dropout)
-    if options.layer_norm:
-        variation = variation._replace(layer_norm_eps=options.layer_norm_eps)
-    return None if variation == PLAIN else variation
-
-
 def _run_layers(
     layers: Layers,
+    call: Call,
     input: Tensor,
     states: Sequence[Tensor],
     params: Sequence[Tensor],
     rest: Rest,
-    want_cells: bool,
-    projected: bool,
 ) -> Sequence[Tensor]:
     """``run_layer`` for layers over each other; the cells are those of the last."""
-    D, variation = layers.directions, _variation(layers)
-    call = Call(layers.cell, layers.has_biases, projected, len(states), D, D, want_cells, variation)
     if layers.options is not None:
         params = _with_options(layers, params, call.table)
     run = run_heads if params[1].dim() == 3 else run_layer
-    draws = layers.train and variation is not None and any(variation[1:4])
+    draws = layers.train and call.variation is not None and any(call.variation[1:4])
     if layers.num_layers == 1:
         if draws:
             rest = rest._replace(seed=_draw_seed(input))
@@ -397,12 +393,13 @@ def _run_layers(
             rest = rest._replace(seed=_draw_seed(input))
         return run(of_layer, [input, *states, *weights], rest)
 
+    D = layers.directions
     each = len(call.table) * D
     weights = [params[k * each : (k + 1) * each] for k in range(layers.num_layers)]
     begins = [[s[k * D : (k + 1) * D] for s in states] for k in range(layers.num_layers)]
     parts = stack.parts(call, input, weights)
     dropout = layers.dropout if layers.train else 0.0
-    return stack.run(layer, input, weights, begins, rest, dropout, want_cells, parts)
+    return stack.run(layer, input, weights, begins, rest, dropout, call.want_cells, parts)
 
 
 def _draw_seed(like: Tensor) -> Tensor:

@@ -504,7 +504,8 @@ class _LayerWithC(_Layer):
         return (output, (h_n, c_n), *cells)
 
     def _check_state_dims(self, states: States, batched: bool) -> None:
-        given = tuple(s.dim() for s in states)
+        h, c = states
+        given = h.dim(), c.dim()
         if batched and given != (3, 3):
             raise RuntimeError(
                 "For batched 3-D input, hx and cx should also be 3-D but got "

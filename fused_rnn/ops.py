@@ -63,12 +63,13 @@ def in_forward_mode() -> AbstractContextManager[Any]:
 # ---- shapes
 
 
-def _check_devices(input: Tensor, *others: Tensor | None) -> None:
+def _check_devices(input: Tensor, *others: Tensor | None, names: Sequence[str] = ()) -> None:
     # Torch takes a tensor of the meta device among others for a question about shapes.
-    for tensor in others:
+    for i, tensor in enumerate(others):
         if tensor is not None and tensor.device != input.device:
+            name = names[i] if i < len(names) else "all tensors"
             raise RuntimeError(
-                f"Expected all tensors on input's device {input.device}, got {tensor.device}"
+                f"Expected {name} on input's device {input.device}, got {tensor.device}"
             )
 
 
@@ -97,7 +98,9 @@ def _layer_forward_fake(
     options: Options,
 ) -> list[Tensor]:
     call, (save,) = call_of(cell, settings, options)
-    _check_devices(*primals, lengths, resets, seed)
+    weights = [weight.name for weight in call.table] * call.recurrences
+    names = (*("hx", "cx")[: call.states], *weights, "lengths", "resets", "seed")
+    _check_devices(*primals, lengths, resets, seed, names=names)
     input, L = primals[0], call.recurrences
     sizes = _sizes(call, primals, batch_sizes)
     T, B, H, P = (sizes[letter] for letter in "TBHP")

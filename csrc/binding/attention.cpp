@@ -37,8 +37,8 @@ struct AttentionArguments {
     const ScalarType dtype = query.scalar_type();
     for (const auto& [name, tensor] :
          {std::pair("query", query), std::pair("key", key), std::pair("value", value)})
-      STD_TORCH_CHECK(tensor.dim() == 3, "Expected ", name, " of three dimensions, got ",
-                      shape_string(tensor));
+      FUSED_RNN_EXPECT(tensor.dim() == 3, "Expected ", name, " of three dimensions, got ",
+                       shape_string(tensor));
     p.B = query.size(0);
     p.Q = query.size(1);
     p.A = query.size(2);
@@ -61,14 +61,14 @@ struct AttentionArguments {
       check_shape("mask", *mask, {p.B, rows, p.K}, "(B, Tq or 1, Tk)");
       p.mask_per_query = rows != 1 || p.Q == 1;
     }
-    STD_TORCH_CHECK(dropout_p >= 0 && dropout_p < 1, "Expected dropout_p in [0, 1), got ",
-                    dropout_p);
+    FUSED_RNN_EXPECT(dropout_p >= 0 && dropout_p < 1, "Expected dropout_p in [0, 1), got ",
+                     dropout_p);
     p.lengths = static_cast<const int64_t*>(pointer(lengths));
     p.mask = static_cast<const bool*>(pointer(mask));
     p.causal = causal;
     p.dropout_p = dropout_p;
-    STD_TORCH_CHECK(seed || dropout_p == 0, "Expected dropout_p of 0, since there is no seed, got ",
-                    dropout_p);
+    FUSED_RNN_EXPECT(seed || dropout_p == 0,
+                     "Expected dropout_p of 0, since there is no seed, got ", dropout_p);
     p.seed = seed ? static_cast<uint64_t>(*seed_pointer(*seed, query)) : 0;
     if (p.A == 0) {  // for the engine, one of zeros
       const Results zeros{query, true};
@@ -87,8 +87,8 @@ struct AttentionArguments {
 
  private:
   static const TensorList& of_four_or_five(const TensorList& primals) {
-    STD_TORCH_CHECK(primals.size() == 4 || primals.size() == 5,
-                    "Expected primals of 4 tensors, or 5 with a bias, got ", primals.size());
+    FUSED_RNN_EXPECT(primals.size() == 4 || primals.size() == 5,
+                     "Expected primals of 4 tensors, or 5 with a bias, got ", primals.size());
     return primals;
   }
 };
@@ -96,7 +96,7 @@ struct AttentionArguments {
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_forward(
     const TensorList& primals, const OptionalTensor& lengths, const OptionalTensor& mask,
     const OptionalTensor& seed, double dropout_p, const Settings& settings) {
-  STD_TORCH_CHECK(settings.size() == 3, "Expected settings of 3 numbers, got ", settings.size());
+  FUSED_RNN_EXPECT(settings.size() == 3, "Expected settings of 3 numbers, got ", settings.size());
   const bool want_weights = settings[1] != 0, want_scores = settings[2] != 0;
   AttentionForwardParams p{};
   const AttentionArguments inputs(primals, lengths, mask, seed, dropout_p, settings[0] != 0, p);
@@ -123,11 +123,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_forward(
 TensorList attention_backward(const OptionalTensorList& grads, const TensorList& primals,
                               const TensorList& results, const OptionalTensorList& rest,
                               double dropout_p, const Settings& settings) {
-  STD_TORCH_CHECK(settings.size() == 1, "Expected settings of 1 number, got ", settings.size());
-  STD_TORCH_CHECK(rest.size() == 3, "Expected rest of 3 tensors or None, got ", rest.size());
-  STD_TORCH_CHECK(grads.size() == 3, "Expected grads of 3 tensors or None, got ", grads.size());
-  STD_TORCH_CHECK(results.size() == 2, "Expected results of 2 tensors, context and logsumexp, got ",
-                  results.size());
+  FUSED_RNN_EXPECT(settings.size() == 1, "Expected settings of 1 number, got ", settings.size());
+  FUSED_RNN_EXPECT(rest.size() == 3, "Expected rest of 3 tensors or None, got ", rest.size());
+  FUSED_RNN_EXPECT(grads.size() == 3, "Expected grads of 3 tensors or None, got ", grads.size());
+  FUSED_RNN_EXPECT(results.size() == 2,
+                   "Expected results of 2 tensors, context and logsumexp, got ", results.size());
   AttentionBackwardParams p{};
   const AttentionArguments inputs(primals, rest[0], rest[1], rest[2], dropout_p, settings[0] != 0,
                                   p);

@@ -31,9 +31,9 @@ Tensor dropout(const Tensor& input_in, double probability, const Tensor& seed) {
   DropoutParams p{};
   const Tensor input = as_contiguous(input_in);
   p.dtype = storage_type("input", input);
-  STD_TORCH_CHECK(input.dim() >= 1, "Expected input of at least one dimension, got ",
-                  shape_string(input));
-  STD_TORCH_CHECK(probability >= 0 && probability < 1, "Expected p in [0, 1), got ", probability);
+  FUSED_RNN_EXPECT(input.dim() >= 1, "Expected input of at least one dimension, got ",
+                   shape_string(input));
+  FUSED_RNN_EXPECT(probability >= 0 && probability < 1, "Expected p in [0, 1), got ", probability);
   Tensor output = torch::stable::empty_like(input);
   p.n = input.size(input.dim() - 1);
   p.rows = p.n > 0 ? input.numel() / p.n : 0;

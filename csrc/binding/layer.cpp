@@ -23,20 +23,20 @@ class Time {
 
   Time(const Tensor& input, const OptionalTensor& batch_sizes) {
     if (!batch_sizes) {
-      STD_TORCH_CHECK(input.dim() == 3 || input.dim() == 4,
-                      "Expected input of shape (T, B, I) or (T, B, L, I), got ",
-                      shape_string(input));
+      FUSED_RNN_EXPECT(input.dim() == 3 || input.dim() == 4,
+                       "Expected input of shape (T, B, I) or (T, B, L, I), got ",
+                       shape_string(input));
       T = input.size(0);
       B = input.size(1);
       return;
     }
-    STD_TORCH_CHECK(input.dim() == 2,
-                    "Expected input of shape (N, I), since there are batch_sizes, got ",
-                    shape_string(input));
+    FUSED_RNN_EXPECT(input.dim() == 2,
+                     "Expected input of shape (N, I), since there are batch_sizes, got ",
+                     shape_string(input));
     check_like("batch_sizes", *batch_sizes, input, ScalarType::Long);
-    STD_TORCH_CHECK(batch_sizes->dim() == 1 && batch_sizes->size(0) > 0,
-                    "Expected batch_sizes of shape (T) with T of at least 1, got ",
-                    shape_string(*batch_sizes));
+    FUSED_RNN_EXPECT(batch_sizes->dim() == 1 && batch_sizes->size(0) > 0,
+                     "Expected batch_sizes of shape (T) with T of at least 1, got ",
+                     shape_string(*batch_sizes));
     const Tensor contiguous = as_contiguous(*batch_sizes);
     take(static_cast<const int64_t*>(contiguous.const_data_ptr()), contiguous.size(0),
          input.size(0));
@@ -87,19 +87,19 @@ class Time {
     int64_t before = 0;
     rows_before_.resize(count);
     for (int64_t t = 0; t < count; ++t) {
-      STD_TORCH_CHECK(sizes[t] >= 1, "Expected batch_sizes of at least 1, got batch_sizes[", t,
-                      "] = ", sizes[t]);
-      STD_TORCH_CHECK(t == 0 || sizes[t] <= sizes[t - 1],
-                      "Expected batch_sizes that never increase, got batch_sizes[", t,
-                      "] = ", sizes[t], " after ", sizes[t - 1]);
+      FUSED_RNN_EXPECT(sizes[t] >= 1, "Expected batch_sizes of at least 1, got batch_sizes[", t,
+                       "] = ", sizes[t]);
+      FUSED_RNN_EXPECT(t == 0 || sizes[t] <= sizes[t - 1],
+                       "Expected batch_sizes that never increase, got batch_sizes[", t,
+                       "] = ", sizes[t], " after ", sizes[t - 1]);
       // Not against the sum, which large numbers overflow.
-      STD_TORCH_CHECK(sizes[t] <= rows - before, "Expected batch_sizes that add up to the ", rows,
-                      " rows of input, got more");
+      FUSED_RNN_EXPECT(sizes[t] <= rows - before, "Expected batch_sizes that add up to the ", rows,
+                       " rows of input, got more");
       rows_before_[t] = before;
       before += sizes[t];
     }
-    STD_TORCH_CHECK(before == rows, "Expected batch_sizes that add up to the ", rows,
-                    " rows of input, got ", before);
+    FUSED_RNN_EXPECT(before == rows, "Expected batch_sizes that add up to the ", rows,
+                     " rows of input, got ", before);
     rows_ = rows;
     T = count;
     B = sizes[0];
@@ -134,9 +134,9 @@ struct LayerArguments {
     p.B = time.B;
     p.I = input.size(input.dim() - 1);
     fill(call, seed, input, p);
-    STD_TORCH_CHECK(!per_recurrence() || input.size(2) == p.L,
-                    "Expected input of shape (T, B, I) or (T, B, L, I) with L = ", p.L, ", got ",
-                    shape_string(input));
+    FUSED_RNN_EXPECT(!per_recurrence() || input.size(2) == p.L,
+                     "Expected input of shape (T, B, I) or (T, B, L, I) with L = ", p.L, ", got ",
+                     shape_string(input));
     ragged.fill(input, p);
     take_weights(call, p);
     if (call.states) p.hx = take("hx", primals[1], {p.L, p.B, p.P}, "(L, B, P)");
@@ -158,7 +158,7 @@ struct LayerArguments {
 
  private:
   static const Tensor& first(const TensorList& primals) {
-    STD_TORCH_CHECK(!primals.empty(), "Expected primals that begin with input, got none");
+    FUSED_RNN_EXPECT(!primals.empty(), "Expected primals that begin with input, got none");
     return primals[0];
   }
 
@@ -166,25 +166,35 @@ struct LayerArguments {
   void take_weights(const Call& call, Params& p) {
     const WeightTable table = call.weights();
     const size_t before = 1 + call.states;
-    STD_TORCH_CHECK(primals.size() == before + table.size() * p.L, "Expected primals of ",
-                    before + table.size() * p.L, " tensors, ", table.size(),
-                    " weights for each of ", p.L, " recurrences, got ", primals.size());
+    FUSED_RNN_EXPECT(primals.size() == before + table.size() * p.L, "Expected primals of ",
+                     before + table.size() * p.L, " tensors, ", table.size(),
+                     " weights for each of ", p.L, " recurrences, got ", primals.size());
     const Tensor& weight_hh = primals[before + 1];
-    STD_TORCH_CHECK(weight_hh.dim() == 2 && weight_hh.size(0) % call.cell.gates == 0,
-                    "Expected weight_hh of shape (", call.cell.gates, "*H, P), got ",
-                    shape_string(weight_hh));
+    FUSED_RNN_EXPECT(weight_hh.dim() == 2 && weight_hh.size(0) % call.cell.gates == 0,
+                     "Expected weight_hh of shape (", call.cell.gates, "*H, P), got ",
+                     shape_string(weight_hh));
     p.H = weight_hh.size(0) / call.cell.gates;
     p.P = call.projected ? weight_hh.size(1) : p.H;
     weights.resize(p.L);
     Tensor* given = primals.data() + before;
-    for (auto& of : weights)
+    for (size_t n = 0; n < weights.size(); ++n)
       for (const WeightRow& row : table) {
         const int64_t rows = row.factor * (row.rows == 'P' ? p.P : p.H);
         const bool is_matrix = row.columns != '1';
         const int64_t columns = row.columns == 'I' ? p.I : row.columns == 'P' ? p.P : p.H;
         const int64_t shape[] = {rows, columns};
-        place(of, row.which) = take(row.name, *given++, {shape, is_matrix ? 2u : 1u}, row.letters);
+        const Sizes expected{shape, is_matrix ? 2u : 1u};
+        if (Kind(*given) != kind || !has_shape(*given, expected))
+          take(name_of(row, call.directions == 2 && n % 2 == 1).c_str(), *given, expected,
+               row.letters);
+        *given = as_contiguous(*given);
+        place(weights[n], row.which) = (given++)->const_data_ptr();
       }
+  }
+
+  // As the parameter is called of a layer that is the only one: of others Python has checked it.
+  static std::string name_of(const WeightRow& row, bool reverse) {
+    return std::string(row.name) + (reverse ? "_l0_reverse" : "_l0");
   }
 
   const void* take(const char* name, Tensor& tensor, Sizes shape, const char* letters) const {
@@ -245,8 +255,8 @@ TensorList layer_backward(const CellArgument& cell, const OptionalTensorList& gr
   const Rest rest(rest_in);
   const bool need_input = settings[Call::count] != 0, need_states = settings[Call::count + 1] != 0;
   const bool need_weights = settings[Call::count + 2] != 0;
-  STD_TORCH_CHECK(call.states || !need_states,
-                  "Expected need_states of 0, since there are no states");
+  FUSED_RNN_EXPECT(call.states || !need_states,
+                   "Expected need_states of 0, since there are no states");
   LayerBackwardParams p{};
   const LayerArguments arguments(call, primals, rest.ragged, rest.seed, p);
   const Time& time = arguments.time;
@@ -269,8 +279,8 @@ TensorList layer_backward(const CellArgument& cell, const OptionalTensorList& gr
   TensorList saved = results_in;
   const size_t saved_count =
       1 + (counts.reserve > 0) + call.cell.has_c + p.projected + (counts.statistics > 0);
-  STD_TORCH_CHECK(saved.size() == saved_count, "Expected results of ", saved_count,
-                  " tensors, output and those saved by forward, got ", saved.size());
+  FUSED_RNN_EXPECT(saved.size() == saved_count, "Expected results of ", saved_count,
+                   " tensors, output and those saved by forward, got ", saved.size());
   for (Tensor& tensor : saved) tensor = with_contiguous_units(tensor);
   auto next_saved = saved.begin();
   check_sequence("output", *next_saved, dtype, {p.L * p.P}, "L*P");

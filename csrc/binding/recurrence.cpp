@@ -133,13 +133,13 @@ struct RecurrenceArguments {
   RecurrenceArguments(const Call& call, const TensorList& primals_in, size_t before,
                       const Tensor& like, Ragged ragged_in, const OptionalTensor& seed, Params& p)
       : primals(primals_in), ragged(std::move(ragged_in)) {
-    STD_TORCH_CHECK(!ragged.batch_sizes,
-                    "Expected batch_sizes to be None: only the CPU takes packed sequences");
+    FUSED_RNN_EXPECT(!ragged.batch_sizes,
+                     "Expected batch_sizes to be None: only the CPU takes packed sequences");
     p.T = like.size(0);
     p.B = like.size(1);
     fill(call, seed, like, p);
-    STD_TORCH_CHECK(like.size(2) == p.L, "Expected recurrences of ", like.size(2),
-                    ", as the tensors have, got ", p.L);
+    FUSED_RNN_EXPECT(like.size(2) == p.L, "Expected recurrences of ", like.size(2),
+                     ", as the tensors have, got ", p.L);
     ragged.fill(like, p);
     take_weights(call, before + call.states, like, p);
     const auto take_state = [&](const char* name, size_t place, int64_t n, const char* letters) {
@@ -162,12 +162,12 @@ struct RecurrenceArguments {
     const WeightTable table = call.weights();
     const bool separate = call.layer_norm() == LayerNorm::separate;
     const size_t inside = 1 + (call.has_biases && !separate);  // input_gates
-    STD_TORCH_CHECK(primals.size() == begin + table.size() - inside, "Expected primals of ",
-                    begin + table.size() - inside, " tensors, got ", primals.size());
+    FUSED_RNN_EXPECT(primals.size() == begin + table.size() - inside, "Expected primals of ",
+                     begin + table.size() - inside, " tensors, got ", primals.size());
     const Tensor& weight_hh = primals[begin];
-    STD_TORCH_CHECK(weight_hh.dim() == 3 && weight_hh.size(1) % call.cell.gates == 0,
-                    "Expected weight_hh of shape (L, ", call.cell.gates, "*H, P), got ",
-                    shape_string(weight_hh));
+    FUSED_RNN_EXPECT(weight_hh.dim() == 3 && weight_hh.size(1) % call.cell.gates == 0,
+                     "Expected weight_hh of shape (L, ", call.cell.gates, "*H, P), got ",
+                     shape_string(weight_hh));
     p.H = weight_hh.size(1) / call.cell.gates;
     p.P = call.projected ? weight_hh.size(2) : p.H;
     Tensor* given = primals.data() + begin;
@@ -192,8 +192,8 @@ TensorList recurrence_forward(const CellArgument& cell, const TensorList& primal
   const Call call(cell, settings, 2, options);
   const bool save = settings[Call::count] != 0, tf32 = settings[Call::count + 1] != 0;
   RecurrenceForwardParams p{};
-  STD_TORCH_CHECK(!primals.empty() && primals[0].dim() == 4,
-                  "Expected primals that begin with input_gates of shape (T, B, L, G*H)");
+  FUSED_RNN_EXPECT(!primals.empty() && primals[0].dim() == 4,
+                   "Expected primals that begin with input_gates of shape (T, B, L, G*H)");
   p.dtype = storage_or_dual_type("input_gates", primals[0]);
   const RecurrenceArguments arguments(call, primals, 1, primals[0], {lengths, batch_sizes, resets},
                                       seed, p);
@@ -237,8 +237,8 @@ TensorList recurrence_backward(const CellArgument& cell, const OptionalTensorLis
   const Rest rest(rest_in);
   const bool tf32 = settings[Call::count] != 0;
   RecurrenceBackwardParams p{};
-  STD_TORCH_CHECK(!results_in.empty() && results_in[0].dim() == 4,
-                  "Expected results that begin with output of shape (T, B, L, P)");
+  FUSED_RNN_EXPECT(!results_in.empty() && results_in[0].dim() == 4,
+                   "Expected results that begin with output of shape (T, B, L, P)");
   const Tensor output = with_contiguous_units(results_in[0]);
   p.dtype = storage_or_dual_type("output", output);
   const RecurrenceArguments arguments(call, primals, 0, output, rest.ragged, rest.seed, p);
@@ -272,8 +272,8 @@ TensorList recurrence_backward(const CellArgument& cell, const OptionalTensorLis
   TensorList saved(results_in.begin() + 1, results_in.end());
   const size_t saved_count =
       (counts.reserve > 0) + call.cell.has_c + p.projected + (counts.statistics > 0);
-  STD_TORCH_CHECK(saved.size() == saved_count, "Expected results of ", 1 + saved_count,
-                  " tensors, output and those saved by forward, got ", results_in.size());
+  FUSED_RNN_EXPECT(saved.size() == saved_count, "Expected results of ", 1 + saved_count,
+                   " tensors, output and those saved by forward, got ", results_in.size());
   for (Tensor& tensor : saved) tensor = with_contiguous_units(tensor);
   auto next_saved = saved.begin();
   if (counts.reserve > 0) {

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 #include <optional>
+#include <sstream>
+#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
@@ -26,6 +28,17 @@ using TensorList = std::vector<Tensor>;
 using OptionalTensorList = std::vector<OptionalTensor>;
 using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 
+// Refuses with the words that follow; torch's own macro adds a place in our sources.
+#define FUSED_RNN_EXPECT(condition, ...) \
+  ((condition) ? (void)0 : ::fused_rnn::binding::refuse(__VA_ARGS__))
+
+template <class... Words>
+[[noreturn]] void refuse(const Words&... words) {
+  std::ostringstream text;
+  (text << ... << words);
+  throw std::runtime_error(text.str());
+}
+
 // ---- checks ----------------------------------------------------------------------------------------
 
 inline std::string shape_string(const Tensor& tensor) {
@@ -47,11 +60,35 @@ inline void check_shape(const char* name, const Tensor& tensor, Sizes expected,
   if (has_shape(tensor, expected)) return;
   std::string text;
   for (const int64_t size : expected) text += (text.empty() ? "" : ", ") + std::to_string(size);
-  STD_TORCH_CHECK(false, "Expected ", name, " of shape ", letters, " = (", text, "), got ",
-                  shape_string(tensor));
+  FUSED_RNN_EXPECT(false, "Expected ", name, " of shape ", letters, " = (", text, "), got ",
+                   shape_string(tensor));
 }
 
-inline const char* dtype_name(ScalarType type) { return torch::headeronly::toString(type); }
+// As Python writes it, for the types that people pass.
+inline const char* dtype_name(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return "torch.float32";
+    case ScalarType::Double:
+      return "torch.float64";
+    case ScalarType::Half:
+      return "torch.float16";
+    case ScalarType::BFloat16:
+      return "torch.bfloat16";
+    case ScalarType::ComplexFloat:
+      return "torch.complex64";
+    case ScalarType::ComplexDouble:
+      return "torch.complex128";
+    case ScalarType::Long:
+      return "torch.int64";
+    case ScalarType::Int:
+      return "torch.int32";
+    case ScalarType::Bool:
+      return "torch.bool";
+    default:
+      return torch::headeronly::toString(type);
+  }
+}
 
 // What a tensor holds and where, in torch's numbers: stable::Tensor takes longer to translate them than
 // a small layer's checks may.
@@ -61,6 +98,10 @@ struct Kind {
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &device_type));
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &device_index));
+  }
+  bool operator!=(const Kind& other) const {
+    return dtype != other.dtype || device_type != other.device_type ||
+           device_index != other.device_index;
   }
 };
 
@@ -73,9 +114,9 @@ inline void check_kind(const char* name, const Tensor& tensor, const Kind& expec
   const auto dtype_of = [](const Kind& of) {
     return dtype_name(torch::stable::detail::to<ScalarType>(torch::stable::detail::from(of.dtype)));
   };
-  STD_TORCH_CHECK(kind.dtype == expected.dtype, "Expected ", name, " of dtype ", dtype_of(expected),
-                  ", got ", dtype_of(kind));
-  STD_TORCH_CHECK(
+  FUSED_RNN_EXPECT(kind.dtype == expected.dtype, "Expected ", name, " of dtype ",
+                   dtype_of(expected), ", got ", dtype_of(kind));
+  FUSED_RNN_EXPECT(
       kind.device_type == expected.device_type && kind.device_index == expected.device_index,
       "Expected ", name, " on the same device as the other arguments");
 }
@@ -98,8 +139,9 @@ inline DType storage_type(const char* name, const Tensor& tensor) {
     case ScalarType::Half:
       return DType::float16;
     default:
-      STD_TORCH_CHECK(false, "Expected ", name, " of dtype Float, Double, BFloat16 or Half, got ",
-                      dtype_name(tensor.scalar_type()));
+      FUSED_RNN_EXPECT(false, "Expected ", name,
+                       " of dtype torch.float32, float64, bfloat16 or float16, got ",
+                       dtype_name(tensor.scalar_type()));
   }
 }
 
