@@ -98,7 +98,8 @@ def _layer_forward_fake(
     options: Options,
 ) -> list[Tensor]:
     call, (save,) = call_of(cell, settings, options)
-    weights = [weight.name for weight in call.table] * call.recurrences
+    suffixes = ("_l0", "_l0_reverse")[: call.directions] * (call.recurrences // call.directions)
+    weights = [weight.name + suffix for suffix in suffixes for weight in call.table]
     names = (*("hx", "cx")[: call.states], *weights, "lengths", "resets", "seed")
     _check_devices(*primals, lengths, resets, seed, names=names)
     input, L = primals[0], call.recurrences
