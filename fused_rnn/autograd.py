@@ -113,8 +113,8 @@ class Layer(torch.autograd.Function):
         transformed = is_transformed()
         with ops.at_lower_levels() if transformed else ops.below_autograd():
             results = tuple(_forward(call, tensors[4:], tensors[:4], save=True))
-        ctx.call, ctx.wanted = call, call.wanted
-        saved = results[ctx.wanted :]
+        ctx.call = call
+        saved = results[call.wanted :]
         ctx.set_materialize_grads(False)
         if saved:
             ctx.mark_non_differentiable(*saved)
@@ -126,7 +126,7 @@ class Layer(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         call, needs = ctx.call, ctx.needs_input_grad
-        given: Sequence[Any] = (*grads[: ctx.wanted], None, None)[:4]
+        given: Sequence[Any] = _by_result(call, grads)
         if given[0] is given[1] is given[2] is given[3] is None:
             return (None,) * len(needs)
         tensors, end = ctx.saved_tensors, len(needs) - 1
@@ -285,12 +285,9 @@ def _in_their_places(
 
 def _where(call: Call, needed: Needed, primals: Sequence[Any]) -> list[Any]:
     """Those of the primals whose gradients are needed."""
-    return [p for p, need in zip(primals, _by_primal(call, needed), strict=True) if need]
-
-
-def _by_primal(call: Call, needed: Needed) -> list[bool]:
-    sizes = (1, call.states, call.primals - 1 - call.states)
-    return [need for need, size in zip(needed, sizes, strict=True) for _ in range(size)]
+    input, states, weights = call.split(primals)
+    groups = zip(needed, ((input,), states, weights), strict=True)
+    return [primal for need, group in groups if need for primal in group]
 
 
 # ---- dual numbers

@@ -60,8 +60,7 @@ inline void check_shape(const char* name, const Tensor& tensor, Sizes expected,
   if (has_shape(tensor, expected)) return;
   std::string text;
   for (const int64_t size : expected) text += (text.empty() ? "" : ", ") + std::to_string(size);
-  FUSED_RNN_EXPECT(false, "Expected ", name, " of shape ", letters, " = (", text, "), got ",
-                   shape_string(tensor));
+  refuse("Expected ", name, " of shape ", letters, " = (", text, "), got ", shape_string(tensor));
 }
 
 // As Python writes it, for the types that people pass.
@@ -139,9 +138,8 @@ inline DType storage_type(const char* name, const Tensor& tensor) {
     case ScalarType::Half:
       return DType::float16;
     default:
-      FUSED_RNN_EXPECT(false, "Expected ", name,
-                       " of dtype torch.float32, float64, bfloat16 or float16, got ",
-                       dtype_name(tensor.scalar_type()));
+      refuse("Expected ", name, " of dtype torch.float32, float64, bfloat16 or float16, got ",
+             dtype_name(tensor.scalar_type()));
   }
 }
 
