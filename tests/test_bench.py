@@ -43,6 +43,20 @@ def test_one_rounding_may_be_that_of_the_products() -> None:
     assert timing.compare(ours, peer, exact, rounding=2**-10).passed
 
 
+@pytest.mark.parametrize("wrong, passed", [(3e-7, True), (6e-7, False), (float("nan"), False)])
+def test_h_of_the_last_step_has_the_limit_of_all_steps(wrong: float, passed: bool) -> None:
+    """The peer's h_n is exact by luck, its output is not; that lifts no limit but h_n's."""
+    exact = {name: torch.ones(3, dtype=torch.float64) for name in ("output", "h_n", "c_n")}
+    peer = {name: torch.ones(3) for name in exact}
+    peer["output"] = peer["output"] * (1 + 2**-23)
+
+    def ours(name: str) -> timing.Results:
+        return {other: torch.ones(3) + wrong * (other == name) for other in exact}
+
+    assert timing.compare(lambda: ours("h_n"), peer, exact).passed == passed
+    assert not timing.compare(lambda: ours("c_n"), peer, exact).passed
+
+
 def test_everyone_has_a_turn_in_every_round() -> None:
     ran: list[str] = []
     runs = {name: lambda name=name: ran.append(name) for name in "abc"}
